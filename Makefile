@@ -1,0 +1,75 @@
+# Every target creates .venv and installs what it lacks, once: a stamp file remembers each step until pyproject.toml or
+# constraints.txt changes. Nothing is fetched on a second run.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+SETUP  := pyproject.toml constraints.txt
+
+# hatchling builds the editable install inside .venv, so that a changed pyproject.toml needs no network either.
+INSTALL := $(PIP) install --quiet --no-build-isolation --constraint constraints.txt
+
+# Two test processes with one thread each are faster on two cores than one process with two threads.
+WORKERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+SOURCES := src tests scripts $(wildcard benchmarks) docs/conf.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench lab docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(VENV)/.runtime  ## the bundled model reads 16 times its training length; report in build/demo
+	$(BIN)/danlu extend --out build/demo
+
+test: $(VENV)/.dev  ## the tests that prove it, in a few minutes
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.dev  ## every test
+	$(PYTEST)
+
+lint: $(VENV)/.dev  ## format check, lint, types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the sources in the house format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.runtime  ## cost claims: ours, the peer's, the ratio
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+lab: $(VENV)/.runtime  ## re-run every method's claim; gallery in build/lab
+	$(BIN)/danlu lab run --out build/lab
+
+docs: $(VENV)/.docs  ## the site, in build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build/demo build/docs build/lab dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: everything else then resolves against the build that is already there.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet $(shell grep '^torch==' constraints.txt)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch $(SETUP)
+	$(PIP) install --quiet --constraint constraints.txt hatchling editables
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	$(INSTALL) --editable '.[docs]'
+	@touch $@

@@ -1,0 +1,98 @@
+"""Thrifty methods for language models: get more out of the model, memory, data or hours you already have.
+
+Importing danlu imports nothing heavy. Each public name is fetched from its module on first use, which keeps the import
+and the command line's ``--help`` quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors; a test compares the two
+    from danlu.assets import nano_path as nano_path
+    from danlu.attention.hybrid import hwfa_config as hwfa_config
+    from danlu.attention.hybrid import suggest_window as suggest_window
+    from danlu.attention.key_norm import key_norm as key_norm
+    from danlu.attention.rerope import rerope_attention as rerope_attention
+    from danlu.attention.scale import LogitScale as LogitScale
+    from danlu.attention.scale import effective_tokens as effective_tokens
+    from danlu.attention.scale import log_n_factor as log_n_factor
+    from danlu.attention.scale import optimal_scale as optimal_scale
+    from danlu.attention.scale import softmax_grad_l1 as softmax_grad_l1
+    from danlu.attention.window import window_attention as window_attention
+    from danlu.context.evaluate import LengthReport as LengthReport
+    from danlu.context.evaluate import evaluate_lengths as evaluate_lengths
+    from danlu.context.extend import extend as extend
+    from danlu.context.extend import extended as extended
+    from danlu.context.extend import restore as restore
+    from danlu.context.methods import NTK as NTK
+    from danlu.context.methods import DynamicNTK as DynamicNTK
+    from danlu.context.methods import DynamicYaRN as DynamicYaRN
+    from danlu.context.methods import KeyNorm as KeyNorm
+    from danlu.context.methods import LeakyReRoPE as LeakyReRoPE
+    from danlu.context.methods import LogN as LogN
+    from danlu.context.methods import NTKFixed as NTKFixed
+    from danlu.context.methods import NTKMixed as NTKMixed
+    from danlu.context.methods import NTKOld as NTKOld
+    from danlu.context.methods import PositionInterpolation as PositionInterpolation
+    from danlu.context.methods import ReRoPE as ReRoPE
+    from danlu.context.methods import Window as Window
+    from danlu.context.methods import YaRN as YaRN
+    from danlu.context.methods import parse_method as parse_method
+    from danlu.positions.bound import max_length as max_length
+    from danlu.positions.bound import recommended_base as recommended_base
+    from danlu.positions.randomised import RandomPositionCollator as RandomPositionCollator
+    from danlu.positions.rotary import Rotary as Rotary
+    from danlu.positions.rotary import inverse_frequencies as inverse_frequencies
+    from danlu.positions.scaling import rope_inv_freq as rope_inv_freq
+
+#: module -> the public names it defines
+_HOMES = {
+    "danlu.assets": ("nano_path",),
+    "danlu.attention.hybrid": ("hwfa_config", "suggest_window"),
+    "danlu.attention.key_norm": ("key_norm",),
+    "danlu.attention.rerope": ("rerope_attention",),
+    "danlu.attention.scale": ("LogitScale", "effective_tokens", "log_n_factor", "optimal_scale", "softmax_grad_l1"),
+    "danlu.attention.window": ("window_attention",),
+    "danlu.context.evaluate": ("LengthReport", "evaluate_lengths"),
+    "danlu.context.extend": ("extend", "extended", "restore"),
+    "danlu.context.methods": (
+        "DynamicNTK",
+        "DynamicYaRN",
+        "KeyNorm",
+        "LeakyReRoPE",
+        "LogN",
+        "NTK",
+        "NTKFixed",
+        "NTKMixed",
+        "NTKOld",
+        "PositionInterpolation",
+        "ReRoPE",
+        "Window",
+        "YaRN",
+        "parse_method",
+    ),
+    "danlu.positions.bound": ("max_length", "recommended_base"),
+    "danlu.positions.randomised": ("RandomPositionCollator",),
+    "danlu.positions.rotary": ("Rotary", "inverse_frequencies"),
+    "danlu.positions.scaling": ("rope_inv_freq",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module on first use, and remember it."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'danlu' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
