@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.methods import ReRoPE as ReRoPE
     from danlu.context.methods import Window as Window
     from danlu.context.methods import YaRN as YaRN
-    from danlu.context.methods import parse_method as parse_method
+    from danlu.context.methods import parse_methods as parse_methods
     from danlu.positions.bound import max_length as max_length
     from danlu.positions.bound import recommended_base as recommended_base
     from danlu.positions.randomised import RandomPositionCollator as RandomPositionCollator
@@ -73,7 +73,7 @@ _HOMES = {
         "ReRoPE",
         "Window",
         "YaRN",
-        "parse_method",
+        "parse_methods",
     ),
     "danlu.positions.bound": ("max_length", "recommended_base"),
     "danlu.positions.randomised": ("RandomPositionCollator",),

@@ -1,0 +1,48 @@
+"""Sphinx configuration: Markdown pages, API from docstrings, formulas as MathML (nothing is loaded from elsewhere)."""
+
+from __future__ import annotations
+
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.errors import ExtensionError
+
+import danlu
+
+project = "danlu"
+author = "the danlu authors"
+project_copyright = author
+version = release = danlu.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["build"]
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Source", "returns_style")]
+
+html_theme = "furo"
+html_title = "danlu"
+html_math_renderer = "mathml"
+html_copy_source = False
+
+
+def _mathml(block: bool):
+    def visit(translator, node):
+        source = node.astext()
+        try:
+            translator.body.append(tex2mathml(source, as_block=block))
+        except (MathError, ValueError) as error:
+            raise ExtensionError(f"formula not understood: {source!r}: {error}") from error
+        from docutils import nodes
+
+        raise nodes.SkipNode
+
+    return visit
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", inline_renderers=(_mathml(False), None), block_renderers=(_mathml(True), None))
