@@ -120,10 +120,11 @@ def test_matches_a_dense_layer(kind):
         half = torch.cat((-v[..., 6:], v[..., :6]), -1)
         return v * cos[0, :, None] + half * sin[0, :, None]
 
-    q, k, v = turn(heads(layer.q_proj)), turn(heads(layer.k_proj)), heads(layer.v_proj)
+    raw = heads(layer.k_proj)
+    q, k, v = turn(heads(layer.q_proj)), turn(raw / raw.norm(dim=-1, keepdim=True)), heads(layer.v_proj)
     rows = []
     for h in range(4):
-        logits = q[:, h] @ (k[:, h // 2] / k[:, h // 2].norm(dim=-1, keepdim=True)).T
+        logits = q[:, h] @ k[:, h // 2].T
         rows.append(torch.softmax(logits + mask, -1) @ v[:, h // 2])
     expected = torch.cat(rows, -1) @ layer.o_proj.weight.T
     assert torch.allclose(out[0], expected, atol=1e-9)
