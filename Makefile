@@ -14,8 +14,6 @@ INSTALL := $(PIP) install --quiet --no-build-isolation --constraint constraints.
 WORKERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-SOURCES := src tests scripts $(wildcard benchmarks) docs/conf.py
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench lab docs clean
 
@@ -32,13 +30,13 @@ test-all: $(VENV)/.dev  ## every test
 	$(PYTEST)
 
 lint: $(VENV)/.dev  ## format check, lint, types
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 format: $(VENV)/.dev  ## rewrite the sources in the house format
-	$(BIN)/ruff format $(SOURCES)
-	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.runtime  ## cost claims: ours, the peer's, the ratio
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

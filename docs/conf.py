@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.errors import ExtensionError
@@ -31,18 +34,27 @@ html_copy_source = False
 
 
 def _mathml(block: bool):
+    """Visitor that writes a formula as MathML, which browsers draw without a script."""
+
     def visit(translator, node):
         source = node.astext()
         try:
             translator.body.append(tex2mathml(source, as_block=block))
         except (MathError, ValueError) as error:
             raise ExtensionError(f"formula not understood: {source!r}: {error}") from error
-        from docutils import nodes
-
         raise nodes.SkipNode
 
     return visit
 
 
+def _plain_stars(app, what, name, obj, options, lines):
+    """Shapes such as (*positions.shape, dim) are no emphasis: escape stars outside literals."""
+    for index, line in enumerate(lines):
+        pieces = re.split(r"(``.*?``)", line)
+        lines[index] = "".join(piece if piece.startswith("``") else piece.replace("(*", r"(\*") for piece in pieces)
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", inline_renderers=(_mathml(False), None), block_renderers=(_mathml(True), None))
+    # Before napoleon, which reads the docstring at the default priority.
+    app.connect("autodoc-process-docstring", _plain_stars, priority=400)

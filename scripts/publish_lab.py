@@ -4,8 +4,8 @@ Run it from the repository root after ``make lab``:
 
     .venv/bin/python scripts/publish_lab.py
 
-The README's table stays hand-written but for its last column: a row that names a claim in backticks in its third column gets
-that claim's verdict. A row whose claim has no result is an error, so that the table cannot quietly go stale.
+The README's table stays hand-written but for its last column: a row that names a claim in backticks in its third column
+gets that claim's verdict. A row whose claim has no result is an error, so that the table cannot quietly go stale.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def results_page(claims: list[dict[str, str]]) -> str:
     """The results page of the documentation: per claim its statement, verdict, deciding numbers and figure."""
     parts = [
         "# What the lab measured",
-        "Every claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` shows them, and a run on yours "
-        "takes a few minutes each. A claim that does not hold at this scale is listed like the others.",
+        "Every claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` shows them, and each takes "
+        "a few minutes on yours. A claim that does not hold at this scale is listed like the others.",
     ]
     for claim in claims:
         parts += [
