@@ -12,7 +12,7 @@ import typer
 import danlu
 from danlu.context.methods import METHODS, parse_methods
 
-ROOT = Path(danlu.__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 
