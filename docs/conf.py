@@ -29,6 +29,8 @@ napoleon_custom_sections = [("Source", "returns_style")]
 
 html_theme = "furo"
 html_title = "danlu"
+html_static_path = ["_static"]
+html_css_files = ["danlu.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 
