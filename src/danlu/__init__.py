@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.attention.window import window_attention as window_attention
     from danlu.context.evaluate import LengthReport as LengthReport
     from danlu.context.evaluate import evaluate_lengths as evaluate_lengths
+    from danlu.context.extend import active_methods as active_methods
     from danlu.context.extend import extend as extend
     from danlu.context.extend import extended as extended
     from danlu.context.extend import restore as restore
@@ -58,7 +59,7 @@ _HOMES = {
     "danlu.attention.scale": ("LogitScale", "effective_tokens", "log_n_factor", "optimal_scale", "softmax_grad_l1"),
     "danlu.attention.window": ("window_attention",),
     "danlu.context.evaluate": ("LengthReport", "evaluate_lengths"),
-    "danlu.context.extend": ("extend", "extended", "restore"),
+    "danlu.context.extend": ("active_methods", "extend", "extended", "restore"),
     "danlu.context.methods": (
         "DynamicNTK",
         "DynamicYaRN",
