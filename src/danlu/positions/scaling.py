@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rotary import inverse_frequencies
+
 METHODS = ("none", "pi", "ntk-old", "ntk", "ntk-fixed", "ntk-mixed", "yarn", "yarn-turns", "abf")
 
 # A float32 table of a host model is off by about 1e-7; llama3 or YaRN scaling moves entries by tens of percent.
@@ -44,12 +46,7 @@ def rope_inv_freq(
 
     Source: Scientific Spaces archive 9675, 9706, 9948; arXiv:2306.15595, arXiv:2309.00071.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-        raise ValueError(f"dim must be an even integer >= 2 (the rotated dims come in pairs), got {dim!r}")
-    if not (_is_number(base) and base > 1):
-        raise ValueError(f"base must be a finite number > 1, got {base!r}")
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    return rescaled(torch.tensor(float(base), dtype=torch.float64) ** -exponents, method, **options)
+    return rescaled(inverse_frequencies(dim, base), method, **options)
 
 
 def rescaled(
@@ -120,7 +117,8 @@ def frequency_factors(
         trained_length: Tokens >= 1; needed by yarn and yarn-turns.
         power: ntk-mixed only, in (0, 1]; 1 is ntk-fixed, towards 0 it becomes pi.
         turns: yarn-turns only, > 1: pairs that make more turns than this in the trained length stay as they are.
-        beta_fast, beta_slow: yarn only, turns where its ramp begins and ends, beta_fast > beta_slow > 0.
+        beta_fast: yarn only, turns where its ramp begins, > beta_slow.
+        beta_slow: yarn only, turns where its ramp ends, > 0.
         truncate: yarn only: round the ramp's ends outwards to whole indices, as its authors' code does.
         new_base: abf only, > 1.
 

@@ -1,0 +1,249 @@
+"""The lower bound that a context length puts on the rotary base.
+
+For queries and keys with independent components of variance sigma**2, a key similar to the query beats a random one, on
+average and at distance m, by 2 sigma**2 f_b(m) with f_b(m) = sum_i cos(m * b**(-2i/d)). A base is feasible for length L
+when f_b(m) >= 0 for every m in 0..L-1. Feasibility is not monotone in b: islands of feasible bases lie below the range
+where every base is feasible, so both ends are reported and no bisection is used to find them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .rotary import inverse_frequencies
+
+_FINE, _COARSE = 1e-4, 1e-3  # relative steps of the two grids of `recommended_base`
+_EDGE = 1e-6  # relative accuracy of an island's edge
+
+
+@dataclass(frozen=True)
+class BaseBound:
+    """Result of `recommended_base`.
+
+    Attributes:
+        length: Context length, tokens.
+        dim: Number of rotated dims.
+        b_star: Smallest feasible base found (on a grid with relative step 1e-4; narrower islands may lie below it).
+        b_safe: Every base of the grid from here to `max_base` is feasible (relative step 1e-3); None where the search
+            for it was left out, or where `max_base` itself is infeasible.
+        islands: (low, high) runs of feasible bases from `b_star` to `max_base`; the last one is (b_safe, max_base).
+        max_base: Upper end of the search.
+    """
+
+    length: int
+    dim: int
+    b_star: float
+    b_safe: float | None
+    islands: tuple[tuple[float, float], ...]
+    max_base: float
+
+
+def similarity_sum(m: int | float | Sequence[float] | np.ndarray, base: float, dim: int) -> np.ndarray:
+    """f_b(m) = sum_{i < dim/2} cos(m * base**(-2i/dim)), the mean advantage of a similar key at distance m.
+
+    Args:
+        m: Distances, any shape.
+        base: Rotary base, > 1.
+        dim: Number of rotated dims, even, >= 2.
+
+    Returns:
+        float64 array of the shape of m.
+
+    Raises:
+        ValueError: Odd dim or base <= 1.
+
+    Source: Scientific Spaces archive 10122; arXiv:2405.14591.
+    """
+    distances = np.asarray(m, dtype=np.float64)
+    total = np.zeros_like(distances)
+    for theta in _table(base, dim):
+        total += np.cos(distances * theta)
+    return total
+
+
+def max_length(base: float, dim: int, *, pass_through: int = 0, limit: int = 1 << 22) -> int | None:
+    """Longest context that a base is feasible for: the smallest m >= 0 with f_b(m) < 0.
+
+    Args:
+        base: Rotary base, > 1.
+        dim: Number of rotated dims, even, >= 2.
+        pass_through: Unrotated dims of the head, >= 0; each pair adds 1 to f_b.
+        limit: Largest distance looked at, >= 1.
+
+    Returns:
+        The length, or None where f_b stays >= 0 below `limit`. Half of the dims unrotated is always None: each cos is
+        then matched by a 1.
+
+    Raises:
+        ValueError: Odd dim, base <= 1, or limit < 1.
+
+    Source: Scientific Spaces archive 10122.
+    """
+    return first_negative(_table(base, dim), _pairs(pass_through), limit)
+
+
+def recommended_base(
+    length: int, dim: int, *, pass_through: int = 0, max_base: float | None = None, safe: bool = True
+) -> BaseBound:
+    """Smallest rotary base for a context length, and the base above which every base will do.
+
+    Args:
+        length: Context length, tokens, >= 2.
+        dim: Number of rotated dims, even, >= 2.
+        pass_through: Unrotated dims of the head, >= 0.
+        max_base: Upper end of the search; None takes 1000 * length, as the article does.
+        safe: Also search `b_safe` and the islands (most of the time goes there: seconds at 128k, minutes at 1M).
+
+    Returns:
+        A `BaseBound`.
+
+    Raises:
+        ValueError: A value outside its range, or no feasible base up to `max_base` (few dims).
+
+    Source: Scientific Spaces archive 10122; arXiv:2405.14591.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise ValueError(f"length must be an integer >= 2, got {length!r}")
+    top = 1000.0 * length if max_base is None else float(max_base)
+    if not (math.isfinite(top) and top > 1):
+        raise ValueError(f"max_base must be a finite number > 1, got {max_base!r}")
+    _table(2.0, dim)  # refuses a bad dim before the search
+    feasible = _feasibility(length, dim, _pairs(pass_through))
+    low: float = 1.0
+    star: float | None = None
+    for base in _progress(_log_grid(min(1.0 + _FINE, top), top, _FINE), "smallest base"):
+        if feasible(base):
+            star = _edge(feasible, low, base) if low > 1 else base
+            break
+        low = base
+    if star is None:
+        raise ValueError(f"no base up to max_base={top:g} is feasible for length {length} with {dim} rotated dims")
+    if not safe:
+        return BaseBound(length, dim, star, None, (), top)
+    islands: list[tuple[float, float]] = []
+    start: float | None = star
+    last = star
+    for base in _progress([*_log_grid(star, top, _COARSE), top], "safe base"):
+        if feasible(base):
+            start = _edge(feasible, last, base) if start is None else start
+        elif start is not None:
+            islands.append((start, _edge(feasible, base, last)))
+            start = None
+        last = base
+    if start is not None:
+        islands.append((start, top))
+    return BaseBound(length, dim, star, start, tuple(islands), top)
+
+
+def _table(base: float, dim: int) -> np.ndarray:
+    return inverse_frequencies(dim, base).numpy()
+
+
+def _pairs(pass_through: int) -> float:
+    if not isinstance(pass_through, (int, np.integer)) or pass_through < 0:
+        raise ValueError(f"pass_through must be an integer >= 0, got {pass_through!r}")
+    return pass_through / 2
+
+
+def first_negative(table: np.ndarray, extra: float, limit: int) -> int | None:
+    """Smallest m in [0, limit) with extra + sum_i cos(m * table_i) < 0, or None.
+
+    Args:
+        table: (d/2,) float64 frequencies.
+        extra: What the unrotated dims add, in units of a rotated pair.
+        limit: Distances to look at, >= 1.
+    """
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"limit must be an integer >= 1, got {limit!r}")
+    found = int(_scanner()(table, 0, limit, extra))
+    return None if found < 0 else found
+
+
+def _feasibility(length: int, dim: int, extra: float) -> Callable[[float], bool]:
+    """A test of one base that remembers where the last infeasible base failed and looks there first."""
+    scan = _scanner()
+    last_failure = length - 1
+
+    def feasible(base: float) -> bool:
+        nonlocal last_failure
+        table = _table(base, dim)
+        reach = 16 + last_failure // 1000
+        found = scan(table, max(0, last_failure - reach), min(length, last_failure + reach), extra)
+        stop = length  # from the top down in blocks: f_b falls with m, so failures are likeliest there
+        while found < 0 and stop > 0:
+            found = scan(table, max(0, stop - 8192), stop, extra)
+            stop -= 8192
+        if found >= 0:
+            last_failure = int(found)
+        return found < 0
+
+    return feasible
+
+
+def _edge(feasible: Callable[[float], bool], bad: float, good: float) -> float:
+    """Edge between a neighbouring infeasible and feasible base; bisection is sound inside one step of the grid."""
+    while abs(good / bad - 1) > _EDGE:
+        middle = math.sqrt(bad * good)
+        bad, good = (bad, middle) if feasible(middle) else (middle, good)
+    return good
+
+
+def _log_grid(low: float, high: float, step: float) -> list[float]:
+    count = max(1, math.ceil(math.log(high / low) / step))
+    return [low * math.exp(k * step) for k in range(count)]
+
+
+def _progress(values: Sequence[float], label: str) -> Iterator[float]:
+    """Pass values through; on a terminal, draw a bar once two seconds have gone by."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(label, total=len(values))
+    began, drawn = time.monotonic(), False
+    try:
+        for done, value in enumerate(values):
+            if not drawn and bar.console.is_terminal and time.monotonic() - began > 2:
+                bar.start()
+                drawn = True
+            if drawn and done % 16 == 0:
+                bar.update(task, completed=done)
+            yield value
+    finally:
+        if drawn:
+            bar.stop()
+
+
+@functools.cache
+def _scanner() -> Callable[[np.ndarray, int, int, float], int]:
+    """Compiled scan: the first m in [start, stop) with f(m) + extra < 0, or -1. Compiled on first use (about 1 s)."""
+    import numba
+
+    @numba.njit(fastmath=True)
+    def scan(table: np.ndarray, start: int, stop: int, extra: float) -> int:
+        pairs = table.size
+        real, imag = np.empty(pairs), np.empty(pairs)
+        cosine, sine = np.cos(table), np.sin(table)
+        for block in range(start, stop, 256):  # exact angles once per block keep the recurrence within 1e-13
+            for i in range(pairs):
+                real[i] = math.cos(block * table[i])
+                imag[i] = math.sin(block * table[i])
+            for m in range(block, min(block + 256, stop)):
+                total = extra
+                for i in range(pairs):
+                    total += real[i]
+                if total < 0:
+                    return m
+                for i in range(pairs):
+                    turned = real[i] * cosine[i] - imag[i] * sine[i]
+                    imag[i] = imag[i] * cosine[i] + real[i] * sine[i]
+                    real[i] = turned
+        return -1
+
+    return scan
