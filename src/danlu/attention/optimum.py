@@ -20,7 +20,9 @@ _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def sample_log_moment(samples: Tensor | Array) -> LogMoment:
-    """Log moment function ``log M(a) = log mean exp(a*s)`` of measured scores, for :func:`optimal_scale`.
+    """Log moment function ``log M(a) = log mean exp(a*(s - max s))`` of measured scores, for :func:`optimal_scale`.
+
+    A shift of all scores changes no softmax; measured from the maximum, nothing is lost to rounding at large ``a``.
 
     Args:
         samples: scores, any shape, all finite; many more than ``n``: K samples can stand for at most
@@ -38,9 +40,12 @@ def sample_log_moment(samples: Tensor | Array) -> LogMoment:
     flat = flat.ravel()
     if flat.size == 0 or not np.all(np.isfinite(flat)):
         raise ValueError("samples must be finite and at least one; drop masked scores (-inf) first")
+    below = flat - flat.max()
 
     def log_m(a: Array) -> Array:
-        return np.asarray([np.logaddexp.reduce(x * flat) for x in np.ravel(a)]).reshape(np.shape(a)) - np.log(flat.size)
+        return np.asarray([np.logaddexp.reduce(x * below) for x in np.ravel(a)]).reshape(np.shape(a)) - np.log(
+            flat.size
+        )
 
     return log_m
 
@@ -94,10 +99,11 @@ def _maximise(log_ratio: LogMoment, log_n: Array) -> Array:
         grid = np.exp2(np.arange(-40.0, 81.0))
         coarse = np.asarray(log_ratio(grid), dtype=np.float64)
     values = objective(grid, coarse, log_n[:, None])
-    values = np.where(np.isfinite(values), values, -np.inf)
-    best = values.argmax(axis=1)
-    if np.any(best == 0) or np.any(best == len(grid) - 1) or not np.all(np.isfinite(coarse[best])):
-        raise ValueError("score has no optimum: log M(a) must be finite and grow past ln n (too few samples?)")
+    # The first descent, not the largest value: far out, log M(2a) - 2 log M(a) is lost in rounding.
+    descent = ~(values[:, 1:] >= values[:, :-1])
+    best = descent.argmax(axis=1)
+    if not np.all(descent.any(axis=1)) or np.any(best == 0):
+        raise ValueError("score has no optimum: log M(2a) - 2 log M(a) must grow past ln n (too few samples?)")
     if not np.all(np.isfinite(coarse[best + 1])):
         raise ValueError("score gives a non-finite log M(a) next to the optimum; compute it with logsumexp")
     low, high = np.log(grid[best - 1]), np.log(grid[best + 1])
