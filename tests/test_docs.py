@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -29,12 +29,13 @@ def _commands(path: Path) -> list[list[str]]:
     return [line.split("#")[0].split()[1:] for line in found]
 
 
-def _check(command: click.Command, words: list[str]) -> None:
+def _check(command: Any, words: list[str]) -> None:
     """Follow the words down the command tree; every option must exist."""
-    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-        known = command.commands
-        assert words[0] in known, f"no command {words[0]!r}, known: {sorted(known)}"
-        command, words = known[words[0]], words[1:]
+    while hasattr(command, "get_command") and words and not words[0].startswith("-"):
+        context = typer.Context(command)
+        found = command.get_command(context, words[0])
+        assert found, f"no command {words[0]!r}, known: {command.list_commands(context)}"
+        command, words = found, words[1:]
     options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     for word in words:
         if word.startswith("--"):
