@@ -95,8 +95,9 @@ def piecewise_attention(
     """Compute causal attention with one rotation for distances below the window and another one from it on.
 
     Args:
-        q_near, q_far: (batch, heads, Lq, head_dim), rotated; rows are the last Lq of Lk positions.
+        q_near: (batch, heads, Lq, head_dim), rotated; rows are the last Lq of Lk positions.
         k_near: (batch, kv_heads, M, head_dim), rotated, the last M keys, M >= min(Lk, Lq + window - 1).
+        q_far: like `q_near`.
         k_far: (batch, kv_heads, Lk, head_dim), rotated. q_far and k_far may be None where window >= Lk.
         v: (batch, kv_heads, Lk, value_dim).
         window: in tokens, at least 1.

@@ -26,9 +26,17 @@ def attend(
     q_slots: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend over parts by plain tensor operations on chunks of rows; arguments as for `danlu.kernels.flash.attend`.
+    """Attend over parts by plain tensor operations on chunks of rows.
 
     Args:
+        queries: as for `flash.attend`, like all arguments but the last.
+        keys: see there.
+        value: see there.
+        parts: see there.
+        scale: factor of the scores.
+        softcap: see there.
+        bias: see there.
+        q_slots: see there.
         chunk: rows computed at once; None: as many as keep the scores below 2 ** 22 elements.
 
     Returns:
@@ -114,13 +122,9 @@ def _softmax(
         return value.new_zeros(*shape, value.shape[3]), lse
     top = torch.stack([s.detach().amax(-1) for s, _ in scores]).amax(0)
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
-    total: Tensor | None = None
-    out: Tensor | None = None
-    for s, (first, last) in scores:
-        p = (s - top[..., None]).exp()
-        o = _grouped(p, value[:, :, first:last])
-        total, out = (p.sum(-1), o) if total is None or out is None else (total + p.sum(-1), out + o)
-    assert total is not None and out is not None  # scores is not empty
+    weights = [((s - top[..., None]).exp(), columns) for s, columns in scores]
+    total = torch.stack([p.sum(-1) for p, _ in weights]).sum(0)
+    out = torch.stack([_grouped(p, value[:, :, first:last]) for p, (first, last) in weights]).sum(0)
     seen = total > 0
     safe = torch.where(seen, total, torch.ones_like(total))
     return out / safe[..., None], torch.where(seen, top + safe.log(), torch.full_like(top, -torch.inf))

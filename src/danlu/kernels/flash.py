@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from danlu.kernels import chunked, vendor
-from danlu.kernels.regions import Block, Part, can_plan, plan
+from danlu.kernels.regions import Block, Part, plan
+from danlu.kernels.vendor import choose_route
 
 logger = logging.getLogger("danlu.kernels")
 
@@ -106,39 +107,6 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         out = out + o.to(weights.dtype) * (weight / safe)[..., None]
     lse = torch.where(seen, top + safe.log(), torch.full_like(top, -torch.inf))
     return out.to(outs[0].dtype), lse
-
-
-def choose_route(
-    query: Tensor,
-    value: Tensor,
-    parts: Sequence[Part],
-    *,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    q_slots: Tensor | None = None,
-) -> tuple[str, str]:
-    """Say which route computes an attention, and why. First rule that applies:
-
-    1. soft-capped scores, a bias or explicit query slots: math, no flash kernel takes them;
-    2. a part that the planner cannot cut (`regions.can_plan`): math;
-    3. CPU tensors and a CPU flash kernel for their dtype: cpu;
-    4. CUDA tensors in half precision, head sizes a multiple of 8 up to 256, compute capability 8 or more: cuda;
-    5. everything else: math.
-
-    Args:
-        query, value: tensors as for `attend`.
-        parts, softcap, bias, q_slots: as for `attend`.
-
-    Returns:
-        (route, reason), route one of "cpu", "cuda", "math".
-    """
-    for name, given in (("softcap", softcap), ("bias", bias), ("q_slots", q_slots)):
-        if given is not None:
-            return "math", f"{name} is given"
-    for part in parts:
-        if not can_plan(part, value.shape[2]):
-            return "math", f"{part} cannot be cut into blocks"
-    return vendor.route(query, max(query.shape[-1], value.shape[-1]))
 
 
 class _Attend(torch.autograd.Function):

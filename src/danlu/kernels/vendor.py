@@ -7,22 +7,58 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from danlu.kernels.regions import Block
+from danlu.kernels.regions import Block, Part, can_plan
 
 logger = logging.getLogger("danlu.kernels")
 
 
-def route(query: Tensor, head_dim: int) -> tuple[str, str]:
-    """Say which vendor kernel takes tensors like `query`: ("cpu" | "cuda" | "math", reason)."""
-    kind = query.device.type
-    if query.numel() == 0:
+def choose_route(
+    query: Tensor,
+    value: Tensor,
+    parts: Sequence[Part],
+    *,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    q_slots: Tensor | None = None,
+) -> tuple[str, str]:
+    """Say which route computes an attention, and why.
+
+    The first rule that applies decides:
+
+    1. soft-capped scores, a bias or explicit query slots: math, no flash kernel takes them;
+    2. a part that the planner cannot cut (`regions.can_plan`): math;
+    3. no query at all: math;
+    4. CPU tensors of float64, float32, bfloat16 or float16: cpu, if the kernel passes its trial;
+    5. CUDA tensors of bfloat16 or float16, head sizes a multiple of 8 up to 256, compute capability 8 or more: cuda, if
+       the kernel passes its trial;
+    6. everything else: math.
+
+    Args:
+        query: (batch, heads, Lq, head_dim).
+        value: (batch, kv_heads, Lk, value_dim).
+        parts: the pairs of query and key.
+        softcap: as for `flash.attend`.
+        bias: as for `flash.attend`.
+        q_slots: as for `flash.attend`.
+
+    Returns:
+        (route, reason), route one of "cpu", "cuda", "math".
+    """
+    for name, given in (("softcap", softcap), ("bias", bias), ("q_slots", q_slots)):
+        if given is not None:
+            return "math", f"{name} is given"
+    for part in parts:
+        if not can_plan(part, value.shape[2]):
+            return "math", f"{part} cannot be cut into blocks"
+    if query.numel() == 0:  # the CPU kernel divides by the number of rows
         return "math", "there is no query"
+    kind, head_dim = query.device.type, max(query.shape[-1], value.shape[-1])
     if kind == "cpu":
         if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return "math", f"the CPU kernel has no {query.dtype}"
@@ -44,7 +80,8 @@ def forward(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tupl
     Args:
         block: the pairs.
         q: (batch, heads, rows, head_dim).
-        k, v: (batch, kv_heads, columns, head_dim).
+        k: (batch, kv_heads, columns, head_dim).
+        v: like `k`.
         scale: factor of the scores.
 
     Returns:
@@ -80,9 +117,14 @@ def backward(
     """Give the gradients of one block from the output and log-sum-exp of the whole attention.
 
     Args:
-        block, q, k, v, scale: as for `forward`.
-        out, grad_out: (batch, heads, rows, head_dim), merged over all blocks.
+        block: as for `forward`.
+        q: as for `forward`.
+        k: as for `forward`.
+        v: as for `forward`.
+        out: (batch, heads, rows, head_dim), merged over all blocks.
         lse: (batch, heads, rows), merged over all blocks.
+        grad_out: like `out`.
+        scale: as for `forward`.
 
     Returns:
         Gradients of q, k and v.
@@ -208,8 +250,6 @@ def cuda_works(index: int) -> bool:
     try:
         if torch.cuda.get_device_capability(index)[0] < 8:
             return False
-        from danlu.kernels.regions import Part
-
         block = Block(Part(farthest=1), "band", (0, 8), (0, 8), 8, 1)
         q = torch.ones(1, 2, 8, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
         k = v = q[:, :1] * torch.arange(8, device=q.device)[:, None].to(q.dtype)
