@@ -230,7 +230,8 @@ def _match(name: str, module: nn.Module, site: Site, raw: dict[str, Tensor], tur
     """The rotation that takes raw queries and keys to turned ones."""
     head_dim, inv_freq = raw["query"].shape[-1], site.inv_freq.detach().to("cpu", torch.float64)
     positions = torch.arange(3, 3 + _PROBE_TOKENS, device=raw["query"].device)
-    tolerance = 64 * torch.finfo(raw["query"].dtype).eps
+    # the host builds cos and sin in float32 at best, whatever the model's dtype
+    tolerance = 64 * max(torch.finfo(raw["query"].dtype).eps, torch.finfo(torch.float32).eps)
     for start in dict.fromkeys((0, head_dim - 2 * len(inv_freq))):
         for layout in ("half", "interleaved"):
             rotary = Rotary(inv_freq, layout=layout, start=start)
