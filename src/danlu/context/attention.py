@@ -55,7 +55,9 @@ class Plan:
         """Multiply queries (batch, heads, length, dim) by their log n factor; positions (length,) or (batch, length)."""
         if self.log_n is None:
             return query
-        factor = log_n_factor(positions, self.log_n.trained_length or self.trained_length, clip=self.log_n.clip)
+        pattern, unit = self.pattern, self.log_n.trained_length or self.trained_length
+        visible = pattern.window + pattern.sinks if isinstance(pattern, Window) and pattern.window else None
+        factor = log_n_factor(positions, unit, clip=self.log_n.clip, window=visible)
         factor = factor[:, None] if factor.ndim == 2 else factor
         return (query * factor[..., None].to(query.device)).to(query.dtype)
 

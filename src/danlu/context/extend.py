@@ -207,6 +207,11 @@ def _apply(host: PreTrainedModel, state: _State, layers: list[Layer], length: in
             f"every layer of {type(host).__name__} with positions looks back at most {windows[-1]} tokens, within the "
             f"trained length of {length}: no distance is ever untrained, so there is nothing to extend"
         )
+    if isinstance(pattern, Window) and pattern.sinks and any(layer.sliding_window for layer in extended_layers):
+        raise ValueError(
+            f"{pattern} cannot keep its first tokens in {type(host).__name__}: its own sliding window drops them; "
+            f"use Window(window={pattern.window})"
+        )
     if isinstance(chosen.get("key norm"), KeyNorm):
         add_key_norm(host)
     sites = list(dict.fromkeys(layer.site for layer in extended_layers if layer.site is not None))
