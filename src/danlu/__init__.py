@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.assets import nano_path as nano_path
     from danlu.attention.hybrid import hwfa_config as hwfa_config
     from danlu.attention.hybrid import suggest_window as suggest_window
+    from danlu.attention.key_norm import add_key_norm as add_key_norm
     from danlu.attention.key_norm import key_norm as key_norm
     from danlu.attention.rerope import rerope_attention as rerope_attention
     from danlu.attention.scale import LogitScale as LogitScale
@@ -43,8 +44,11 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.methods import Window as Window
     from danlu.context.methods import YaRN as YaRN
     from danlu.context.methods import parse_methods as parse_methods
+    from danlu.context.needle import needle_scores as needle_scores
+    from danlu.positions.base_check import check_base as check_base
     from danlu.positions.bound import max_length as max_length
     from danlu.positions.bound import recommended_base as recommended_base
+    from danlu.positions.export import export_config as export_config
     from danlu.positions.randomised import RandomPositionCollator as RandomPositionCollator
     from danlu.positions.rotary import Rotary as Rotary
     from danlu.positions.rotary import inverse_frequencies as inverse_frequencies
@@ -54,7 +58,7 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
 _HOMES = {
     "danlu.assets": ("nano_path",),
     "danlu.attention.hybrid": ("hwfa_config", "suggest_window"),
-    "danlu.attention.key_norm": ("key_norm",),
+    "danlu.attention.key_norm": ("add_key_norm", "key_norm"),
     "danlu.attention.rerope": ("rerope_attention",),
     "danlu.attention.scale": ("LogitScale", "effective_tokens", "log_n_factor", "optimal_scale", "softmax_grad_l1"),
     "danlu.attention.window": ("window_attention",),
@@ -76,7 +80,10 @@ _HOMES = {
         "YaRN",
         "parse_methods",
     ),
+    "danlu.context.needle": ("needle_scores",),
+    "danlu.positions.base_check": ("check_base",),
     "danlu.positions.bound": ("max_length", "recommended_base"),
+    "danlu.positions.export": ("export_config",),
     "danlu.positions.randomised": ("RandomPositionCollator",),
     "danlu.positions.rotary": ("Rotary", "inverse_frequencies"),
     "danlu.positions.scaling": ("rope_inv_freq",),
