@@ -45,6 +45,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _STATE = "_danlu_state"
 _CONFIG = "danlu_methods"
+_CONFIG_LENGTH = "danlu_trained_length"
 
 
 @dataclass
@@ -52,6 +53,7 @@ class _State:
     """All that ``restore`` needs."""
 
     stack: Stack
+    length: int
     implementation: str | None
     handles: list[Any] = field(default_factory=list)
     frequencies: list[tuple[Site, Tensor, float]] = field(default_factory=list)
@@ -110,12 +112,14 @@ def extend(model: ModelT, *methods: Method | str, trained_length: int | None = N
     """
     host = host_model(model)
     stack = _stack(host, methods)
+    if trained_length is None and not methods:
+        trained_length = getattr(host.config, _CONFIG_LENGTH, None)
     length = trained_length if trained_length is not None else configured_length(host)
     stack = resolve_stack(stack, length)
     restore(model)
     if stack:
         layers = probe(host)
-        state = _State(stack, host.config._attn_implementation)
+        state = _State(stack, length, host.config._attn_implementation)
         setattr(host, _STATE, state)
         try:
             _apply(host, state, layers, length)
@@ -123,6 +127,7 @@ def extend(model: ModelT, *methods: Method | str, trained_length: int | None = N
             restore(model)
             raise
         setattr(host.config, _CONFIG, "+".join(map(str, stack)))
+        setattr(host.config, _CONFIG_LENGTH, length)
     return model
 
 
@@ -148,8 +153,9 @@ def restore(model: ModelT) -> ModelT:
             module.__dict__.pop(LAYER, None)
         if host.config._attn_implementation != state.implementation:
             host.set_attn_implementation(state.implementation)
-        if hasattr(host.config, _CONFIG):
-            delattr(host.config, _CONFIG)
+        for name in (_CONFIG, _CONFIG_LENGTH):
+            if hasattr(host.config, name):
+                delattr(host.config, name)
     return model
 
 
@@ -172,7 +178,7 @@ def extended(model: ModelT, *methods: Method | str, trained_length: int | None =
         yield model
     finally:
         if before is not None:
-            extend(model, *before.stack, trained_length=trained_length)
+            extend(model, *before.stack, trained_length=before.length)
         else:
             restore(model)
 
