@@ -53,8 +53,8 @@ def results_page(claims: list[dict[str, str]]) -> str:
     """The results page of the documentation: per claim its statement, verdict, deciding numbers and figure."""
     parts = [
         "# What the lab measured",
-        "Every claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` shows them, and each takes "
-        "a few minutes on yours. A claim that does not hold at this scale is listed like the others.",
+        "Every claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` shows them, each takes "
+        "a few minutes. A claim that does not hold at this scale is listed like the others.",
     ]
     for claim in claims:
         parts += [
