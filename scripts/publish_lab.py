@@ -88,7 +88,7 @@ def publish(lab: Path, root: Path) -> list[str]:
     for claim in claims:
         if claim["figure"]:
             shutil.copyfile(lab / claim["figure"], images / f"{claim['name']}.png")
-    (root / "docs" / "lab.md").write_text(results_page(claims), encoding="utf-8")
+    (root / "docs" / "measured.md").write_text(results_page(claims), encoding="utf-8")
     readme.write_text(text, encoding="utf-8")
     return [claim["name"] for claim in claims]
 

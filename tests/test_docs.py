@@ -24,7 +24,7 @@ def _blocks(path: Path, language: str) -> list[str]:
 def _commands(path: Path) -> list[list[str]]:
     """Words of every ``danlu ...`` command that a page names in a console block or between backticks."""
     text = path.read_text(encoding="utf-8")
-    lines = [line[2:] for block in _blocks(path, "console") for line in block.splitlines() if line.startswith("$ ")]
+    lines = [line.removeprefix("$ ") for block in _blocks(path, "(?:console|sh)") for line in block.splitlines()]
     found = [line for line in [*lines, *re.findall(r"`(danlu [^`\n]+)`", text)] if line.startswith("danlu ")]
     return [line.split("#")[0].split()[1:] for line in found]
 

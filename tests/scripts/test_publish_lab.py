@@ -62,6 +62,6 @@ def test_publish_writes_page_figures_and_readme(script, tmp_path):
 
     assert script.publish(lab, root) == ["a-claim"]
     assert (root / "docs/images/lab/a-claim.png").read_bytes() == b"picture"
-    page = (root / "docs/lab.md").read_text()
+    page = (root / "docs/measured.md").read_text()
     assert "## A" in page and "**holds**: 1 < 2." in page and "images/lab/a-claim.png" in page
     assert "| A | does a | `a-claim` | **holds** |" in (root / "README.md").read_text()
