@@ -8,10 +8,9 @@ where every base is feasible, so both ends are reported and no bisection is used
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,41 +113,29 @@ def recommended_base(
     if not (math.isfinite(top) and top > 1):
         raise ValueError(f"max_base must be a finite number > 1, got {max_base!r}")
     _table(2.0, dim)  # refuses a bad dim before the search
-    feasible = _feasibility(length, dim, _pairs(pass_through))
-    low: float = 1.0
-    star: float | None = None
-    for base in _progress(_log_grid(min(1.0 + _FINE, top), top, _FINE), "smallest base"):
-        if feasible(base):
-            star = _edge(feasible, low, base) if low > 1 else base
-            break
-        low = base
-    if star is None:
+    search = _Search(length, dim, _pairs(pass_through))
+    count = math.ceil(math.log(top) / _FINE)
+    found = search.next(1.0, _FINE, 1, count, wanted=True, label="smallest base")
+    if found is None:
         raise ValueError(f"no base up to max_base={top:g} is feasible for length {length} with {dim} rotated dims")
+    star = search.edge(math.exp((found - 1) * _FINE), math.exp(found * _FINE)) if found > 1 else math.exp(_FINE)
     if not safe:
         return BaseBound(length, dim, star, None, (), top)
     islands: list[tuple[float, float]] = []
+    count = math.floor(math.log(top / star) / _COARSE) + 1
     start: float | None = star
-    last = star
-    for base in _progress([*_log_grid(star, top, _COARSE), top], "safe base"):
-        if feasible(base):
-            start = _edge(feasible, last, base) if start is None else start
-        elif start is not None:
-            islands.append((start, _edge(feasible, base, last)))
+    k = 0
+    while (change := search.next(star, _COARSE, k, count, wanted=start is None, label="safe base")) is not None:
+        k = change
+        before, here = star * math.exp((k - 1) * _COARSE), star * math.exp(k * _COARSE)
+        if start is None:
+            start = search.edge(before, here)
+        else:
+            islands.append((start, search.edge(here, before)))
             start = None
-        last = base
     if start is not None:
         islands.append((start, top))
     return BaseBound(length, dim, star, start, tuple(islands), top)
-
-
-def _table(base: float, dim: int) -> np.ndarray:
-    return inverse_frequencies(dim, base).numpy()
-
-
-def _pairs(pass_through: int) -> float:
-    if not isinstance(pass_through, (int, np.integer)) or pass_through < 0:
-        raise ValueError(f"pass_through must be an integer >= 0, got {pass_through!r}")
-    return pass_through / 2
 
 
 def first_negative(table: np.ndarray, extra: float, limit: int) -> int | None:
@@ -161,45 +148,41 @@ def first_negative(table: np.ndarray, extra: float, limit: int) -> int | None:
     """
     if not isinstance(limit, int) or limit < 1:
         raise ValueError(f"limit must be an integer >= 1, got {limit!r}")
-    found = int(_scanner()(table, 0, limit, extra))
+    from .bound_kernels import first_negative as scan
+
+    found = int(scan(table, 0, limit, float(extra)))
     return None if found < 0 else found
 
 
-def _feasibility(length: int, dim: int, extra: float) -> Callable[[float], bool]:
-    """A test of one base that remembers where the last infeasible base failed and looks there first."""
-    scan = _scanner()
-    last_failure = length - 1
+class _Search:
+    """Feasibility along a grid of bases; remembers where the last infeasible base failed, to look there first."""
 
-    def feasible(base: float) -> bool:
-        nonlocal last_failure
-        table = _table(base, dim)
-        reach = 16 + last_failure // 1000
-        found = scan(table, max(0, last_failure - reach), min(length, last_failure + reach), extra)
-        stop = length  # from the top down in blocks: f_b falls with m, so failures are likeliest there
-        while found < 0 and stop > 0:
-            found = scan(table, max(0, stop - 8192), stop, extra)
-            stop -= 8192
-        if found >= 0:
-            last_failure = int(found)
-        return found < 0
+    def __init__(self, length: int, dim: int, extra: float) -> None:
+        self.length, self.dim, self.extra, self.hint = length, dim, extra, length - 1
 
-    return feasible
+    def next(self, low: float, step: float, start: int, stop: int, *, wanted: bool, label: str) -> int | None:
+        """First k in [start, stop) for which low * exp(k * step) is feasible (`wanted`) or infeasible."""
+        from .bound_kernels import next_base
 
+        for first in _progress(range(start, stop, 64), label):
+            last = min(first + 64, stop)
+            k, self.hint = next_base(low, step, first, last, wanted, self.dim, self.length, self.extra, self.hint)
+            if k >= 0:
+                return int(k)
+        return None
 
-def _edge(feasible: Callable[[float], bool], bad: float, good: float) -> float:
-    """Edge between a neighbouring infeasible and feasible base; bisection is sound inside one step of the grid."""
-    while abs(good / bad - 1) > _EDGE:
-        middle = math.sqrt(bad * good)
-        bad, good = (bad, middle) if feasible(middle) else (middle, good)
-    return good
+    def edge(self, bad: float, good: float) -> float:
+        """Edge between a neighbouring infeasible and feasible base; bisection is sound inside one step of the grid."""
+        from .bound_kernels import failure
 
-
-def _log_grid(low: float, high: float, step: float) -> list[float]:
-    count = max(1, math.ceil(math.log(high / low) / step))
-    return [low * math.exp(k * step) for k in range(count)]
+        while abs(good / bad - 1) > _EDGE:
+            middle = math.sqrt(bad * good)
+            fails = failure(middle, self.dim, self.length, self.extra, self.hint) >= 0
+            bad, good = (middle, good) if fails else (bad, middle)
+        return good
 
 
-def _progress(values: Sequence[float], label: str) -> Iterator[float]:
+def _progress(values: range, label: str) -> Iterator[int]:
     """Pass values through; on a terminal, draw a bar once two seconds have gone by."""
     from rich.console import Console
     from rich.progress import Progress
@@ -212,7 +195,7 @@ def _progress(values: Sequence[float], label: str) -> Iterator[float]:
             if not drawn and bar.console.is_terminal and time.monotonic() - began > 2:
                 bar.start()
                 drawn = True
-            if drawn and done % 16 == 0:
+            if drawn and done % 4 == 0:
                 bar.update(task, completed=done)
             yield value
     finally:
@@ -220,30 +203,11 @@ def _progress(values: Sequence[float], label: str) -> Iterator[float]:
             bar.stop()
 
 
-@functools.cache
-def _scanner() -> Callable[[np.ndarray, int, int, float], int]:
-    """Compiled scan: the first m in [start, stop) with f(m) + extra < 0, or -1. Compiled on first use (about 1 s)."""
-    import numba
+def _table(base: float, dim: int) -> np.ndarray:
+    return inverse_frequencies(dim, base).numpy()
 
-    @numba.njit(fastmath=True)
-    def scan(table: np.ndarray, start: int, stop: int, extra: float) -> int:
-        pairs = table.size
-        real, imag = np.empty(pairs), np.empty(pairs)
-        cosine, sine = np.cos(table), np.sin(table)
-        for block in range(start, stop, 256):  # exact angles once per block keep the recurrence within 1e-13
-            for i in range(pairs):
-                real[i] = math.cos(block * table[i])
-                imag[i] = math.sin(block * table[i])
-            for m in range(block, min(block + 256, stop)):
-                total = extra
-                for i in range(pairs):
-                    total += real[i]
-                if total < 0:
-                    return m
-                for i in range(pairs):
-                    turned = real[i] * cosine[i] - imag[i] * sine[i]
-                    imag[i] = imag[i] * cosine[i] + real[i] * sine[i]
-                    real[i] = turned
-        return -1
 
-    return scan
+def _pairs(pass_through: int) -> float:
+    if not isinstance(pass_through, (int, np.integer)) or pass_through < 0:
+        raise ValueError(f"pass_through must be an integer >= 0, got {pass_through!r}")
+    return pass_through / 2
