@@ -200,23 +200,15 @@ def _dynamic(
     for start, stop, factor in tables.segments(total - length, total):  # type: ignore[union-attr]
         turner = tables[factor]  # type: ignore[index]
         rows = query[:, :, start - (total - length) : stop - (total - length)]
-        turned = _turned_keys(turner, factor, key[:, :, :stop], layer if stop == total else None)
+        # a latent cache (MLA) holds less than the keys it expands to: a turned copy would undo the saving
+        if layer is None or stop < total or key.requires_grad or layer.keys.shape != key.shape:
+            turned = turner.turn(key[:, :, :stop], 0)
+        else:
+            turned = layer.turned(key, factor, turner.turn)
         out, lse = attend([turner.turn(rows, start)], [turned], value[:, :, :stop], [CAUSAL], **options)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def _turned_keys(turner: Turner, factor: float, key: Tensor, layer: TurnedKeysLayer | None) -> Tensor:
-    if layer is None:
-        return turner.turn(key, 0)
-    known = layer.turned if layer.factor == factor else None
-    if known is None or known.shape[2] >= key.shape[2] or known.shape[0] != key.shape[0]:
-        turned = turner.turn(key, 0)
-    else:
-        turned = torch.cat([known, turner.turn(key[:, :, known.shape[2] :], known.shape[2])], 2)
-    layer.turned, layer.factor = turned, factor
-    return turned
 
 
 def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ turned copy lives on the host's own cache layer, and every operation that edits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +19,34 @@ LAYER = "_danlu_cache_layer"
 class TurnedKeysLayer(DynamicLayer):
     """The host's growing cache layer with one more tensor: its keys turned by ``factor``."""
 
-    turned: Tensor | None = None
     factor: float = 0.0
+    _buffer: Tensor | None = None
+    _length: int = 0
 
     def drop(self) -> None:
         """Forget the turned keys; the next call turns them all again."""
-        self.turned = None
+        self._buffer, self._length = None, 0
+
+    def turned(self, key: Tensor, factor: float, turn: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """All keys turned by ``factor``, of which only those are turned now that were not before.
+
+        Args:
+            key: (batch, kv_heads, length, head_dim), all keys of this layer, unturned.
+            factor: tells whether the known ones are still good.
+            turn: ``turn(rows, position of the first)``.
+        """
+        length = key.shape[2]
+        if factor != self.factor or length <= self._length:
+            self.drop()
+        if self._buffer is None or length > self._buffer.shape[2]:
+            # room to grow, so that a step does not copy all keys
+            room = key.new_empty(*key.shape[:2], length + length // 8 + 64, key.shape[3])
+            if self._buffer is not None:
+                room[:, :, : self._length] = self._buffer[:, :, : self._length]
+            self._buffer = room
+        self._buffer[:, :, self._length : length] = turn(key[:, :, self._length :], self._length)
+        self._length, self.factor = length, factor
+        return self._buffer[:, :, :length]
 
     def reset(self) -> None:
         """As the host's, without turned keys."""
