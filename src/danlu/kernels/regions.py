@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +110,15 @@ def plan(part: Part, n_queries: int, n_keys: int, tile: int | None = None) -> li
     if n_queries == 1:  # decoding: whatever one row sees is a run of slots
         first, last = max(start, n_keys - high if high is not None else start), min(stop, n_keys - low)
         return [Block(part, "full", (0, 1), (first, last))] if first < last else []
-    # positions i: [begin, clipped) reach back to `start` and see an ever longer prefix of the columns
+    # positions i in [begin, clipped) reach back to `start`: they see an ever longer prefix of the columns
     begin = max(shift, start + low)
-    clipped = n_keys if high is None else min(n_keys, max(begin, start + high - 1))
+    clipped = n_keys if high is None else min(n_keys, max(begin, start + high))
     blocks = _staircase(part, shift, (begin, clipped), (start, stop), low)
     if high is None or clipped >= n_keys:
         return blocks
     width = high - low
     tile = tile or _tile_rows(width)
-    for first, last in _tiled(clipped, n_keys, tile):
+    for first, last in _tiled(clipped, n_keys, tile, width):
         rows, columns = (first - shift, last - shift), (first - high + 1, last - low)
         blocks.append(Block(part, "band", rows, columns, min(tile, last - first), width))
     return blocks
@@ -138,10 +139,20 @@ def _staircase(part: Part, shift: int, span: tuple[int, int], columns: tuple[int
     return blocks
 
 
-def _tiled(first: int, last: int, tile: int) -> list[tuple[int, int]]:
-    """Cut [first, last) into a multiple of `tile` and a remainder; both may be missing."""
+def _tiled(first: int, last: int, tile: int, width: int) -> list[tuple[int, int]]:
+    """Cut [first, last) into runs of whole tiles and a remainder.
+
+    The windows of a run hold at most about four times its slots in all, because the backward pass stores them side by
+    side: with a wide window and a single run its memory would grow with length * width / tile.
+    """
     middle = first + (last - first) // tile * tile
-    return [(a, b) for a, b in ((first, middle), (middle, last)) if a < b]
+    runs = max(1, round((tile + width) / tile / _WINDOW_COPIES))
+    step = -(-(middle - first) // tile // runs) * tile or tile
+    cuts = [*range(first, middle, step), middle, last]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+
+_WINDOW_COPIES = 4
 
 
 def _tile_rows(width: int) -> int:

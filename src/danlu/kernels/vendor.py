@@ -62,7 +62,7 @@ def choose_route(
     if kind == "cpu":
         if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return "math", f"the CPU kernel has no {query.dtype}"
-        return ("cpu", "CPU flash kernel") if cpu_works() else ("math", "this PyTorch has no usable CPU flash kernel")
+        return ("cpu", "CPU flash kernel") if CPU_WORKS else ("math", "this PyTorch has no usable CPU flash kernel")
     if kind == "cuda":
         if query.dtype not in (torch.bfloat16, torch.float16):
             return "math", f"the CUDA kernel has no {query.dtype}"
@@ -189,9 +189,8 @@ def _cpu_backward_op() -> Callable[..., Any]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@functools.cache
-def cpu_works() -> bool:
-    """Try the CPU kernel once on a case worked out by hand: grouped heads, and the log-sum-exp in natural logs."""
+def try_cpu() -> bool:
+    """Try the CPU kernel on a case worked out by hand: grouped heads, and the log-sum-exp in natural logs."""
     try:
         q, k = torch.zeros(1, 2, 2, 8), torch.zeros(1, 1, 2, 8)
         v = torch.tensor([1.0, 3.0])[None, None, :, None].expand(1, 1, 2, 8)
@@ -205,6 +204,9 @@ def cpu_works() -> bool:
         return False
     return bool(right)
 
+
+# tried at import, not at the first call: a compiler cannot trace the trial
+CPU_WORKS = try_cpu()
 
 # CUDA: layout (batch, length, heads, head_dim); windows and bottom-right aligned causal masks are native.
 
