@@ -1,6 +1,7 @@
 """Hybrid window-full attention: which keys are seen, exactly, and that the cache changes nothing."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+import danlu
 from danlu.attention.hybrid import hwfa_config, suggest_window
 
 
@@ -176,6 +178,23 @@ def test_generate_padding_and_bf16():
     assert torch.equal(both[0, 46:], alone[0, 40:])
     low = model.bfloat16()(ids).logits
     assert low.dtype == torch.bfloat16 and torch.isfinite(low).all()
+
+
+@pytest.mark.parametrize("nope_last", [True, False])
+def test_log_n_ties_to_the_full_layer(nope_last):
+    model = build(hwfa_config(base(4), 16, window=4, nope_last=nope_last), dtype=torch.float32)
+    full = model.config.layer_types.index("full_attention")
+    queries = model.model.layers[full].self_attn.q_proj
+    factor = (torch.arange(1.0, 65.0).log() / math.log(16))[:, None]
+    handle = queries.register_forward_hook(lambda module, args, output: output * factor)
+    expected = model(tokens(64)).logits
+    handle.remove()
+    with danlu.extended(model, danlu.LogN(16, clip=False)):
+        assert torch.allclose(model(tokens(64)).logits, expected, atol=1e-4)
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in tokens(64).split([40] + [1] * 24, dim=1)]
+        assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-4)
+    assert not torch.allclose(model(tokens(64)).logits, expected, atol=1e-2)
 
 
 def test_gradients_reach_every_parameter():
