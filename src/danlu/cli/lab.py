@@ -43,12 +43,14 @@ def run(
 ) -> None:
     """Run claims, write their records and figures, and renew the gallery; finished claims are skipped."""
     from rich.console import Console
+    from transformers.utils import logging as transformers_logging
 
     from danlu.lab import claims, find
     from danlu.lab.gallery import write_gallery
     from danlu.lab.runner import run as run_claim
 
     console = Console(soft_wrap=True)
+    transformers_logging.disable_progress_bar()  # of loading weights; the lab has its own bars
     with _user_errors():
         chosen = [find(name) for name in names] if names else list(claims().values())
         numbers = _seeds(seeds)

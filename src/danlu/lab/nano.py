@@ -11,28 +11,26 @@ from danlu.lab.claim import Cell, Context, Plot, Table
 
 #: Context lengths, in units of the trained length.
 MULTIPLES = (1, 2, 4, 8, 16)
-WINDOWS = 8
+#: Places of the text that are scored.
+WINDOWS = 6
 
 _LOADED: dict[Path, tuple[Any, Any, Any]] = {}
 
 
-def read(
-    context: Context, stacks: dict[str, str], multiples: tuple[int, ...] = MULTIPLES, windows: int = WINDOWS
-) -> LengthReport:
+def read(context: Context, stacks: dict[str, str], multiples: tuple[int, ...] = MULTIPLES) -> LengthReport:
     """Loss of the same target tokens, read with more and more context.
 
     Args:
         context: names the model (none: the bundled one) and the progress bar.
         stacks: label to the written form of a stack, such as ``rerope+logn``.
         multiples: context lengths over the trained length.
-        windows: places of the text that are scored.
 
     Returns:
         The report; options left open in a stack are chosen for each length.
     """
     model, _, ids = _load(context)
     trained = model.config.max_position_embeddings
-    total = len(stacks) * len(multiples) * windows
+    total = len(stacks) * len(multiples) * WINDOWS
     steps = iter(context.track(range(total), description="reading", total=total))
     moved = 0
 
@@ -43,7 +41,7 @@ def read(
 
     report = evaluate_lengths(
         model, ids, [trained * multiple for multiple in multiples], stacks,
-        windows=windows, decode_tokens=0, progress=progress,
+        windows=WINDOWS, decode_tokens=0, progress=progress,
     )  # fmt: skip
     for _ in steps:
         pass
