@@ -47,9 +47,9 @@ app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import danlu
 
-        typer.echo(f"danlu {version('danlu')}")
+        typer.echo(f"danlu {danlu.__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from danlu.context.report import LengthReport
+    from danlu.context.report import LengthReport, NeedleScore
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -73,7 +73,7 @@ def extend(
     host, tokenizer = load_model(_bundled() if model is None else model, device=device, dtype=dtype)
 
     from danlu.context.evaluate import evaluate_lengths, trained_length_of
-    from danlu.context.needle import needle_scores
+    from danlu.context.needle import needle_scores, needle_tokens
     from danlu.context.text import held_out_text
 
     trained = trained_length_of(host, trained_length)
@@ -84,6 +84,7 @@ def extend(
     notes: list[str] = []
     if lengths is None:
         wanted = _that_fit(wanted, len(ids), notes)
+    hiding = _that_hold(wanted, needle_tokens(tokenizer), notes) if needle else []
     shared: dict[str, Any] = {"trained_length": trained, "first_token": start_token(tokenizer)}
     with _progress() as phase:
         report = evaluate_lengths(
@@ -98,10 +99,10 @@ def extend(
             progress=phase("loss"),
             **shared,
         )
-        needles = ()
-        if needle:
+        needles: tuple[NeedleScore, ...] = ()
+        if hiding:
             needles = needle_scores(
-                host, ids, tokenizer, wanted, stacks, trials=trials, seed=seed, progress=phase("needles"), **shared
+                host, ids, tokenizer, hiding, stacks, trials=trials, seed=seed, progress=phase("needles"), **shared
             )
     report = dataclasses.replace(
         report,
@@ -180,6 +181,15 @@ def _that_fit(lengths: list[int], tokens: int, notes: list[str]) -> list[int]:
         left = ", ".join(str(length) for length in lengths if length not in fitting)
         notes.append(f"left out lengths {left}: the text has only {tokens} tokens")
     return fitting or lengths
+
+
+def _that_hold(lengths: list[int], needed: int, notes: list[str]) -> list[int]:
+    """The lengths with room for needles, with a note of those without."""
+    holding = [length for length in lengths if length >= needed]
+    if len(holding) < len(lengths):
+        left = ", ".join(str(length) for length in lengths if length not in holding)
+        notes.append(f"no needles at {left}: they need at least {needed} tokens")
+    return holding
 
 
 def _save_config(report: LengthReport, stacks: Mapping[str, Any], config: Any, trained: int, folder: Path) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from danlu.context.trial import (
     applied,
     as_ids,
     check_lengths,
+    check_position_table,
     check_stacks,
     evaluating,
     in_range,
@@ -101,6 +103,7 @@ def evaluate_lengths(
         notes.append("the model cannot limit its logits to the scored tokens: memory includes logits of every token")
     kept = targets if keeps_logits(model) else lengths[-1]
     check_memory(model, lengths[-1], batch=min(batch_size, len(ends)), logits=kept)
+    check_position_table(model, lengths[-1])
     check_stacks(model, stacks_at, trained)
     for note in notes:
         logger.info(note)
@@ -185,22 +188,22 @@ def _measure(
     first_token: int | None,
     step: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Loss of each window, accuracy, speed, memory. The first pass is measured for memory and repeated for time."""
-    losses, right, seconds = [], 0, 0.0
+    """Loss of each window, accuracy, memory of the first pass, median speed of the others."""
+    losses, right, speeds = [], 0, []
     peak = PeakMemory(ids.device)
     decode = None
     for first in range(0, len(ends), batch_size):
         batch = ends[first : first + batch_size]
         step(len(batch))
         rows = torch.stack([ids[end - length : end] for end in batch])
-        labels = rows[:, -targets:]
+        labels = rows[:, -targets:].clone()
         if first_token is not None:
             rows[:, 0] = first_token
         with peak if first == 0 else contextlib.nullcontext():
             started = _now(ids.device)
             # One position more than targets: the logits at a position predict the next token.
             logits, cache = last_logits(model, rows, targets + 1)
-            passed = _now(ids.device) - started
+            speeds.append(rows.numel() / (_now(ids.device) - started))
         if first == 0 and decode_tokens:
             decode = _decode_speed(model, ids[batch[0] : batch[0] + decode_tokens], cache, len(batch))
         del cache
@@ -208,17 +211,11 @@ def _measure(
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         losses += loss.view(len(batch), targets).double().mean(1).tolist()
         right += int((logits.argmax(-1) == labels).sum())
-        if first:
-            seconds += passed
-        else:
-            warm = passed
-    later = len(ends) - min(batch_size, len(ends))
-    # The first pass carries the warm-up, so it counts only when there is no other.
-    speed = later * length / seconds if later else len(ends) * length / warm
     return {
         "losses": tuple(losses),
         "accuracy": right / (targets * len(ends)),
-        "prefill_tokens_per_second": speed,
+        # The first pass carries the set-up of a new shape, so it counts only when there is no other.
+        "prefill_tokens_per_second": statistics.median(speeds[1:] or speeds),
         "decode_tokens_per_second": decode,
         "peak_bytes": peak.bytes,
     }
@@ -234,8 +231,7 @@ def _decode_speed(model: nn.Module, following: Tensor, cache: Any, rows: int) ->
         output = model(input_ids=token.expand(rows, 1), past_key_values=cache, use_cache=True)
         seconds.append(_now(following.device) - started)
         cache = output.past_key_values
-    timed = sorted(seconds[1:] or seconds)
-    return rows / timed[len(timed) // 2]
+    return rows / statistics.median(seconds[1:] or seconds)
 
 
 def _bytes_per_token(tokenizer: Any, ids: Tensor, ends: list[int], targets: int) -> float:

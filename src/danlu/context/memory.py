@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ def prefill_bytes(model: nn.Module, length: int, *, batch: int = 1, logits: int)
     Returns:
         Bytes.
     """
-    config = model.config.get_text_config()
+    host: Any = model
+    config = host.config.get_text_config()
     element = next(model.parameters()).element_size()
     hidden = config.hidden_size
     heads = config.num_attention_heads

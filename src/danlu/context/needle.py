@@ -1,13 +1,15 @@
 """Needle in a haystack: does the model still find one line of a long text when asked for it?
 
-Lines such as ``river = 'lantern'`` with random words are put between the lines of a real text, one at each
-depth; the text ends with questions, each the start of one of those lines. A needle counts as found when greedy decoding
-would write its whole value. All needles of a trial share one pass: the questions come in random order, each followed by
-its true answer, and the values of a trial are all different, so that no answer helps with another.
+Lines such as ``self.river_lantern = None`` with two random words are put between the lines of a real text, one at each
+depth; the text ends with questions, each the start of one of those lines (``self.river_``). A needle counts as found
+when greedy decoding would write the whole second word. All needles of a trial share one pass: the questions come in
+random order, each followed by its true answer, and the words of a trial are all different, so that no answer helps with
+another.
 
-The form is one that a small model trained on source code can solve by repeating what it has read; it needs no
-instruction following. A method that only sees nearby text (a sliding window) cannot score on distant needles, whatever
-its loss: that is what this measures and loss by length hides.
+The form is one that a small model trained on source code can solve by repeating what it has read, without following
+instructions: of a dozen forms tried on danlu-nano it is the one that the model solves most often within its trained
+length. A method that only sees nearby text (a sliding window) cannot score on distant needles, whatever its loss: that
+is what this measures and loss by length hides.
 
 Source: Scientific Spaces archive 9948 (distant text must stay usable); RULER, arXiv:2404.06654 (several keys at once).
 """
@@ -30,6 +32,7 @@ from danlu.context.trial import (
     applied,
     as_ids,
     check_lengths,
+    check_position_table,
     check_stacks,
     evaluating,
     last_logits,
@@ -109,6 +112,7 @@ def needle_scores(
     if not depths or any(not 0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths must be one or more numbers in 0..1, got {tuple(depths)}")
     check_memory(model, lengths[-1], logits=lengths[0])
+    check_position_table(model, lengths[-1])
     check_stacks(model, stacks_at, trained)
     breaks = _line_breaks(ids, tokenizer)
     prompts = {
@@ -151,24 +155,21 @@ def build_prompt(
         seed: of this prompt.
 
     Raises:
-        ValueError: needles and questions would fill more than half of the prompt, or the text is too short.
+        ValueError: needles and questions would fill more than three quarters of the prompt, or the text is too short.
     """
     draw = random.Random(seed)
     words = iter(draw.sample(WORDS, 2 * len(depths)))
-    needles = []
-    for _ in depths:
-        key, value = next(words), next(words)
-        needles.append((_encode(tokenizer, f"\n{key} = '"), _encode(tokenizer, value), _encode(tokenizer, "'")))
+    needles = [_needle(tokenizer, next(words), next(words)) for _ in depths]
     size = 2 * sum(len(part) for needle in needles for part in needle)
-    if 2 * size > length:
-        raise ValueError(
-            f"length {length} cannot hold {len(needles)} needles: with their questions they take {size} tokens, more "
-            f"than half of it; use lengths from {2 * size} up, fewer depths, or no needles"
-        )
     room = length - size
+    if room < size // 3:
+        raise ValueError(
+            f"length {length} cannot hold {len(needles)} needles, which take {size} tokens with their questions: "
+            f"use lengths from {needle_tokens(tokenizer, depths)} up, fewer depths, or no needles"
+        )
     if room > len(ids):
         raise ValueError(
-            f"the text has {len(ids)} tokens, but needles at length {length} need {room}: pass a longer text"
+            f"the text has {len(ids)} tokens, but length {length} needs {room} of them: pass a longer text"
         )
     start = draw.randrange(len(ids) - room + 1)
     hay, line_ends = ids[start : start + room], breaks[start : start + room]
@@ -206,6 +207,17 @@ def _read(model: nn.Module, prompt: Prompt) -> Iterable[tuple[float, tuple[float
 def _score(label: str, length: int, depth: float, readings: list[tuple[float, float, float]]) -> NeedleScore:
     found, tokens, log_probability = (sum(column) / len(readings) for column in zip(*readings, strict=True))
     return NeedleScore(label, length, depth, len(readings), found, tokens, log_probability)
+
+
+def needle_tokens(tokenizer: Any, depths: Sequence[float] = DEPTHS) -> int:
+    """The shortest prompt that holds needles at ``depths`` whatever words are drawn, a quarter of it real text."""
+    longest = max(sum(map(len, _needle(tokenizer, word, word))) for word in WORDS)
+    return -(-8 * longest * len(depths) // 3)
+
+
+def _needle(tokenizer: Any, key: str, value: str) -> tuple[list[int], list[int], list[int]]:
+    """Question, value and end of one needle; encoded apart, so that needle and question are the same tokens."""
+    return _encode(tokenizer, f"\nself.{key}_"), _encode(tokenizer, value), _encode(tokenizer, " = None")
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -28,7 +28,11 @@ def write_report(report: LengthReport, folder: str | Path, *, usage: Sequence[st
         The paths by kind: ``json``, ``html``, ``png``.
     """
     folder = Path(folder)
-    contents = {"json": report.to_json() + "\n", "html": render(report, usage=usage), "png": as_png(report.figure())}
+    contents: dict[str, str | bytes] = {
+        "json": report.to_json() + "\n",
+        "html": render(report, usage=usage),
+        "png": as_png(report.figure()),
+    }
     return {kind: write_whole(folder / f"report.{kind}", content) for kind, content in contents.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.context.extend import extended
+from danlu.context.inspect import trained_length
 from danlu.context.methods import Method, default_stacks, parse_methods, resolve_stack
 
 StackLike: TypeAlias = str | Method | Sequence[Method]
@@ -28,7 +30,9 @@ def last_logits(model: nn.Module, rows: Tensor, count: int) -> tuple[Tensor, Any
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether the model's forward can limit its logits to the last positions."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # peft's wrapper takes anything
+        inner = inner.get_base_model()
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
@@ -95,6 +99,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def check_position_table(model: nn.Module, length: int) -> None:
+    """Refuse a length beyond a learned position table, which has no entry to look up.
+
+    Raises:
+        ValueError: ``length`` exceeds the table.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"wpe|pos", name.rpartition(".")[2]):
+            rows = module.num_embeddings - int(getattr(module, "offset", 0))
+            if length > rows:
+                raise ValueError(
+                    f"{type(model).__name__} has a learned table of {rows} positions and no rotary ones: "
+                    f"it cannot read {length} tokens, use lengths up to {rows}"
+                )
+
+
 def as_ids(token_ids: Tensor | Sequence[int], model: nn.Module) -> Tensor:
     """Token ids as a checked 1-D int64 tensor on the model's device."""
     ids = torch.as_tensor(token_ids)
@@ -102,7 +122,8 @@ def as_ids(token_ids: Tensor | Sequence[int], model: nn.Module) -> Tensor:
         ids = ids[0]
     if ids.ndim != 1 or ids.is_floating_point() or ids.numel() == 0:
         raise ValueError(f"token_ids must be a non-empty 1-D integer tensor, got shape {tuple(ids.shape)}, {ids.dtype}")
-    vocabulary = model.config.get_text_config().vocab_size
+    host: Any = model
+    vocabulary = host.config.get_text_config().vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(f"token_ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}")
     return ids.to(device=next(model.parameters()).device, dtype=torch.int64)
@@ -119,9 +140,7 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
 
 def trained_length_of(model: nn.Module, given: int | None = None) -> int:
     """The length the model was trained at: ``given``, or what its configuration says."""
-    length = model.config.get_text_config().to_dict().get("max_position_embeddings") if given is None else given
-    if length is None:
-        raise ValueError("the configuration has no max_position_embeddings: pass trained_length")
+    length = trained_length(model) if given is None else given
     in_range("trained_length", length, 2)
     return length
 
