@@ -329,6 +329,8 @@ class LogN(Method):
     def __post_init__(self) -> None:
         if self.trained_length is not None:
             _whole("trained_length", self.trained_length, 2)
+        if not isinstance(self.clip, bool):
+            raise TypeError(f"clip must be True or False, got {self.clip!r}")
 
     def resolve(self, trained_length: int, target_length: int | None = None) -> LogN:
         """Fill in the trained length."""
