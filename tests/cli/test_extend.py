@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -96,7 +98,7 @@ def test_usage_without_a_method(model, text, tmp_path):
     run("-m", model, "-t", text, "-l", 64, "--methods", "plain", "--no-needle", "--windows", 1, "-o", tmp_path)
     report = LengthReport.load(tmp_path / "report.json")
     assert usage_lines(report, None)[2].startswith("# nothing to extend")
-    assert usage_lines(report, None)[1].endswith("from_pretrained(danlu.assets.nano_path())")
+    assert usage_lines(report, None)[1].endswith("from_pretrained(danlu.nano_path())")
 
 
 def test_json_and_standard_input(model, tmp_path):
@@ -225,6 +227,12 @@ def test_help_imports_nothing_heavy():
     )
     assert done.returncode == 0, done.stderr
     assert "extend" in done.stdout and "lab" in done.stdout
+
+
+def test_every_option_is_documented():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    for parameter in typer.main.get_command(danlu.cli.extend.app).params:
+        assert f"`{parameter.opts[0]}" in page, f"docs/cli.md lacks {parameter.opts[0]}"
 
 
 def test_lengths():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,16 +128,13 @@ def extend(
 
 def usage_lines(report: LengthReport, model: str | None) -> list[str]:
     """Three lines of Python that put the best method of a report on the model."""
-    source = "danlu.assets.nano_path()" if model is None else repr(model)
+    source = "danlu.nano_path()" if model is None else repr(model)
     best = report.at(report.best(), report.lengths[-1])
-    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({source})"
-    modules = "danlu, danlu.assets" if model is None else "danlu"
+    lines = ["import danlu, transformers", f"model = transformers.AutoModelForCausalLM.from_pretrained({source})"]
     if not best.methods:
-        return [f"import {modules}, transformers", load, "# nothing to extend: the model reads best as it is"]
-    import re
-
+        return [*lines, "# nothing to extend: the model reads best as it is"]
     calls = re.sub(r"(?<![\w.])([A-Z]\w*\()", r"danlu.\1", best.methods)
-    return [f"import {modules}, transformers", load, f"danlu.extend(model, {calls})"]
+    return [*lines, f"danlu.extend(model, {calls})"]
 
 
 def _stacks(methods: str | None) -> Mapping[str, Any]:
@@ -166,8 +165,6 @@ def _check_out(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out must be a folder, but {existing} is a file")
-    import os
-
     if not os.access(existing, os.W_OK):
         raise ValueError(f"--out {folder} cannot be written")
 

@@ -28,11 +28,8 @@ def write_report(report: LengthReport, folder: str | Path, *, usage: Sequence[st
         The paths by kind: ``json``, ``html``, ``png``.
     """
     folder = Path(folder)
-    contents: dict[str, str | bytes] = {
-        "json": report.to_json() + "\n",
-        "html": render(report, usage=usage),
-        "png": as_png(report.figure()),
-    }
+    page, picture = render(report, usage=usage), as_png(report.figure())
+    contents: dict[str, str | bytes] = {"json": report.to_json() + "\n", "html": page, "png": picture}
     return {kind: write_whole(folder / f"report.{kind}", content) for kind, content in contents.items()}
 
 
