@@ -66,7 +66,7 @@ def test_best_and_paired_change():
     assert change == pytest.approx(sum(differences) / 3)
     assert error == pytest.approx(math.sqrt(sum((d - change) ** 2 for d in differences) / 2 / 3))
     assert report.change("rerope", "plain")[0] == pytest.approx((6.35 - 9.9) / 3)
-    assert report.needle_accuracy("rerope", 64) == pytest.approx(0.75)
+    assert report.needle_accuracy("rerope", 64) == (pytest.approx(0.75), 0.5)
     with pytest.raises(ValueError, match="no measurement of stack 'yarn'"):
         report.at("yarn", 64)
 
@@ -75,15 +75,17 @@ def test_verdict():
     lines = make_report().verdict()
     assert lines[0].startswith("Best at 64 tokens: rerope, loss 2.117")
     assert lines[1].startswith("Longer context lowers its loss: -0.183")
-    assert lines[2] == "Needles found at 64 tokens: 75% with rerope."
+    assert lines[2] == "Needles at 64 tokens: 50% of tokens, 75% whole, with rerope."
     one = make_report(stacks=("plain",), needles=())
     assert one.verdict()[1].startswith("Longer context raises its loss")
     assert len(make_report(lengths=(64,), needles=()).verdict()) == 1
 
 
 def test_verdict_names_the_finder_beside_the_best():
-    needles = tuple(NeedleScore(s, 64, 0.5, 4, a, a, -1.0) for s, a in (("plain", 0.5), ("rerope", 0.25)))
-    assert make_report(needles=needles).verdict()[-1] == "Needles found at 64 tokens: 50% with plain, 25% with rerope."
+    needles = tuple(NeedleScore(s, 64, 0.5, 4, a / 2, a, -1.0) for s, a in (("plain", 0.5), ("rerope", 0.25)))
+    assert make_report(needles=needles).verdict()[-1] == (
+        "Needles at 64 tokens: 50% of tokens, 25% whole, with plain; 25% of tokens, 12% whole, with rerope."
+    )
 
 
 def test_json_round_trip(tmp_path):
@@ -111,7 +113,7 @@ def test_table_holds_every_stack_and_number():
     console = Console(width=160, record=True, file=open("/dev/null", "w"))
     console.print(make_report().table())
     text = console.export_text()
-    for word in ("plain", "rerope", "broken", "3.300", "2.117", "nan", "75%", "1,000", "2.0 MiB"):
+    for word in ("plain", "rerope", "broken", "3.300", "2.117", "nan", "50% (75%)", "1,000", "2.0 MiB"):
         assert word in text
 
 
@@ -143,7 +145,7 @@ def test_page_stands_alone_and_escapes():
 def test_page_without_needles_or_memory():
     rows = tuple(Measurement("plain", n, "", (2.0,), 0.1, 10.0) for n in (32, 64))
     page = render(make_report(measurements=rows, stacks=("plain",), needles=(), windows=1))
-    assert page.count("<svg") == 2 and "Needles" not in page
+    assert page.count("<svg") == 2 and "Needle" not in page
 
 
 def test_write_report(tmp_path):
@@ -159,6 +161,6 @@ def test_write_report(tmp_path):
 
 def test_figure_has_the_numbers():
     axes = make_report().figure().axes
-    assert [ax.get_title() for ax in axes] == ["Loss of the same tokens", "Needles found", "Prefill speed"]
+    assert [ax.get_title() for ax in axes] == ["Loss of the same tokens", "Needle tokens right", "Prefill speed"]
     line = next(line for line in axes[0].lines if line.get_label() == "rerope")
     assert list(line.get_xdata()) == [32, 64] and list(line.get_ydata()) == pytest.approx([2.3, 6.35 / 3])

@@ -48,16 +48,16 @@ def draw_loss(axes: Axes, report: LengthReport) -> None:
 
 
 def draw_needles(axes: Axes, report: LengthReport) -> None:
-    """Share of needles found, by length, over all depths."""
+    """Share of the needles' tokens that are right, by length, over all depths."""
 
     def score(row: Measurement) -> float:
         found = report.needle_accuracy(row.stack, row.length)
-        return math.nan if found is None else found
+        return math.nan if found is None else found[1]
 
     _draw_lines(axes, report, score)
     axes.set_ylim(-0.04, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_title("Needles found")
+    axes.set_title("Needle tokens right")
 
 
 def draw_speed(axes: Axes, report: LengthReport) -> None:
@@ -77,11 +77,11 @@ def draw_memory(axes: Axes, report: LengthReport) -> None:
 
 
 def draw_depths(axes: Axes, report: LengthReport, stack: str) -> None:
-    """Needles found by depth (down) and length (across) under one stack."""
+    """Share of needle tokens right by depth (down) and length (across) under one stack."""
     rows = [row for row in report.needles if row.stack == stack]
     depths = sorted({row.depth for row in rows})
     lengths = sorted({row.length for row in rows})
-    found = {(row.depth, row.length): row.accuracy for row in rows}
+    found = {(row.depth, row.length): row.token_accuracy for row in rows}
     grid = [[found[depth, length] for length in lengths] for depth in depths]
     axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for y, line in enumerate(grid):

@@ -43,8 +43,8 @@ def render(report: LengthReport, *, usage: Sequence[str] = ()) -> str:
     )
     plots = [("Loss by length", figures.single(report, figures.draw_loss))]
     if report.needles:
-        plots.append(("Needles found by length", figures.single(report, figures.draw_needles)))
-        plots.append(("Needles found by depth and length", figures.depth_maps(report)))
+        plots.append(("Needle tokens right, by length", figures.single(report, figures.draw_needles)))
+        plots.append(("Needle tokens right, by depth and length", figures.depth_maps(report)))
     plots.append(("Prefill speed", figures.single(report, figures.draw_speed)))
     if all(row.peak_bytes is not None for row in report.measurements):
         plots.append(("Peak memory", figures.single(report, figures.draw_memory)))

@@ -119,12 +119,14 @@ class LengthReport:
         differences = tuple(a - b for a, b in zip(long, reference, strict=True))
         return sum(differences) / len(differences), _standard_error(differences)
 
-    def needle_accuracy(self, stack: str, length: int) -> float | None:
-        """Share of needles found at ``length``, over all depths; None when they were not tried."""
+    def needle_accuracy(self, stack: str, length: int) -> tuple[float, float] | None:
+        """Over all depths: share of needles found whole, share of their tokens. None when they were not tried."""
         rows = [row for row in self.needles if row.stack == stack and row.length == length]
         if not rows:
             return None
-        return sum(row.accuracy * row.trials for row in rows) / sum(row.trials for row in rows)
+        trials = sum(row.trials for row in rows)
+        whole = sum(row.accuracy * row.trials for row in rows) / trials
+        return whole, sum(row.token_accuracy * row.trials for row in rows) / trials
 
     def bits_per_byte(self, loss: float) -> float | None:
         """A loss in nats per token as bits per byte of text; None when no tokenizer was given."""
@@ -146,13 +148,12 @@ class LengthReport:
         scores = {stack: self.needle_accuracy(stack, longest) for stack in self.stacks}
         found = {stack: score for stack, score in scores.items() if score is not None}
         if found:
-            finder = max(found, key=lambda stack: (found[stack], stack == best))
-            lines.append(
-                f"Needles found at {longest} tokens: {found[finder]:.0%} with {finder}"
-                + (f", {found[best]:.0%} with {best}." if finder != best else ".")
-                if found[finder] > 0
-                else f"No method finds a needle at {longest} tokens."
-            )
+            # By tokens: a small model seldom has a whole needle right, and then the share of tokens still tells.
+            finder = max(found, key=lambda stack: (found[stack][1], stack == best))
+            said = [
+                f"{found[name][1]:.0%} of tokens, {found[name][0]:.0%} whole, with {name}" for name in (finder, best)
+            ]
+            lines.append(f"Needles at {longest} tokens: {'; '.join(dict.fromkeys(said))}.")
         return lines
 
     def table(self) -> Table:
@@ -165,7 +166,7 @@ class LengthReport:
         for length in self.lengths:
             table.add_column(str(length), justify="right")
         if self.needles:
-            table.add_column(f"needle@{longest}", justify="right")
+            table.add_column(f"needle@{longest}\ntokens (whole)", justify="right")
         for name in ("prefill tok/s", "decode tok/s", "peak memory"):
             table.add_column(name, justify="right")
         for stack in self.stacks:
@@ -173,7 +174,7 @@ class LengthReport:
             cells = [stack, *(f"{self.at(stack, length).loss:.3f}" for length in self.lengths)]
             if self.needles:
                 score = self.needle_accuracy(stack, longest)
-                cells.append("-" if score is None else f"{score:.0%}")
+                cells.append("-" if score is None else f"{score[1]:.0%} ({score[0]:.0%})")
             cells.append(f"{row.prefill_tokens_per_second:,.0f}")
             cells.append("-" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:,.0f}")
             cells.append("-" if row.peak_bytes is None else readable(row.peak_bytes))
