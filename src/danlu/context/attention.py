@@ -204,7 +204,7 @@ def _dynamic(
         if layer is None or stop < total or key.requires_grad or layer.keys.shape != key.shape:
             turned = turner.turn(key[:, :, :stop], 0)
         else:
-            turned = layer.turned(key, factor, turner.turn)
+            turned = layer.turned(key, turner)
         out, lse = attend([turner.turn(rows, start)], [turned], value[:, :, :stop], [CAUSAL], **options)
         outs.append(out)
         lses.append(lse)

@@ -7,19 +7,20 @@ turned copy lives on the host's own cache layer, and every operation that edits 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from danlu.context.turning import Turner
+
 LAYER = "_danlu_cache_layer"
 
 
 class TurnedKeysLayer(DynamicLayer):
-    """The host's growing cache layer with one more tensor: its keys turned by ``factor``."""
+    """The host's growing cache layer with one more tensor: its keys as one ``Turner`` turns them."""
 
-    factor: float = 0.0
+    _turner: Turner | None = None
     _buffer: Tensor | None = None
     _length: int = 0
 
@@ -27,16 +28,15 @@ class TurnedKeysLayer(DynamicLayer):
         """Forget the turned keys; the next call turns them all again."""
         self._buffer, self._length = None, 0
 
-    def turned(self, key: Tensor, factor: float, turn: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """All keys turned by ``factor``, of which only those are turned now that were not before.
+    def turned(self, key: Tensor, turner: Turner) -> Tensor:
+        """All keys turned by ``turner``, of which only those are turned now that were not before.
 
         Args:
             key: (batch, kv_heads, length, head_dim), all keys of this layer, unturned.
-            factor: tells whether the known ones are still good.
-            turn: ``turn(rows, position of the first)``.
+            turner: the known ones are good for the same object only: another method may have an equal factor.
         """
         length = key.shape[2]
-        if factor != self.factor or length <= self._length:
+        if turner is not self._turner or length <= self._length:
             self.drop()
         if self._buffer is None or length > self._buffer.shape[2]:
             # room to grow, so that a step does not copy all keys
@@ -44,8 +44,8 @@ class TurnedKeysLayer(DynamicLayer):
             if self._buffer is not None:
                 room[:, :, : self._length] = self._buffer[:, :, : self._length]
             self._buffer = room
-        self._buffer[:, :, self._length : length] = turn(key[:, :, self._length :], self._length)
-        self._length, self.factor = length, factor
+        self._buffer[:, :, self._length : length] = turner.turn(key[:, :, self._length :], self._length)
+        self._length, self._turner = length, turner
         return self._buffer[:, :, :length]
 
     def reset(self) -> None:
