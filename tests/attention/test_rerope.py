@@ -272,16 +272,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("window", [64, 2048])
-def test_nothing_quadratic_is_allocated(window):
-    length = 16384
+@pytest.mark.parametrize(("length", "window"), [(16384, 64), (8192, 2048)])
+def test_nothing_quadratic_is_allocated(length, window):
     q, k, v = (torch.randn(1, 1, length, DIM, requires_grad=True) for _ in range(3))
     with Largest() as largest:
         out = rerope_attention(q, k, v, rotary=ROTARY, window=window)
         out.sum().backward()
     # besides tensors linear in the length there is only the mask of one tile, 256 x (window + 255)
     assert largest.elements <= max(5 * length * DIM, 256 * (window + 255))
-    assert largest.elements < length * length / 100
+    assert largest.elements < length * length / 50
 
 
 def test_second_call_leaves_no_trace_of_the_first():

@@ -177,8 +177,10 @@ def test_dtypes(dtype, route):
         torch.testing.assert_close(a.double(), b, atol=20 * tolerance, rtol=0)
 
 
-def test_grouped_heads_equal_repeated_ones():
+@pytest.mark.parametrize("foldable", [True, False])
+def test_grouped_heads_equal_repeated_ones(foldable, monkeypatch):
     queries, keys, value = draw(batch=1, heads=6, kv_heads=2)
+    monkeypatch.setattr(vendor, "_foldable", lambda x: foldable)  # one query: products or the kernel
     for n_queries in (13, 4, 1):
         rows = [q[:, :, -n_queries:] for q in queries]
         grouped = attend(rows, keys, value, BAND_AND_REST)
@@ -236,6 +238,10 @@ def test_route_rule_is_written_and_logged(caplog, monkeypatch):
     assert choose_route(q, v, [Part()], bias=q)[0] == "math"
     assert choose_route(q, v, [Part()], q_slots=q)[0] == "math"
     assert choose_route(q, v, [Part(nearest=None, farthest=1)])[0] == "math"
+    assert choose_route(q[:, :, :1], v, [Part()])[0] == "row"
+    assert choose_route(q[:, :, :1].bfloat16(), v.bfloat16(), [Part()])[0] == "cpu"
+    strided = torch.zeros(2, 5, 3, 4).transpose(1, 2)
+    assert choose_route(strided[:, :, :1], strided, [Part()])[0] == "cpu"
     assert choose_route(q[:, :, :0], v, [Part()])[0] == "math"
     assert choose_route(q.to("meta"), v, [Part()]) == ("math", "no flash kernel for meta tensors")
     with caplog.at_level(logging.DEBUG, "danlu.kernels"):

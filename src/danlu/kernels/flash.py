@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu.kernels import chunked, vendor
+from danlu.kernels import chunked, row, vendor
 from danlu.kernels.regions import Block, Part, plan
 from danlu.kernels.vendor import choose_route
 
@@ -65,6 +65,8 @@ def attend(
         logger.debug("%s route for %s queries, %s values: %s", route, tuple(queries[0].shape), value.dtype, reason)
     if route == "math":
         return chunked.attend(queries, keys, value, parts, scale, softcap=softcap, bias=bias, q_slots=q_slots)
+    if route == "row":
+        return row.attend(queries, keys, value, parts, scale)
     # kernels want one head size; zero columns change neither scores nor the first columns of the output
     value_dim = value.shape[-1]
     wide = max(head_dim, value_dim)
@@ -249,15 +251,8 @@ def _operands(
     block: Block, queries: Sequence[Tensor], keys: Sequence[Tensor], value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slice the rows of the query and the slots of key and value that a block works on."""
-    key, (first, last) = keys[block.part.key], block.columns
-    offset = value.shape[2] - key.shape[2]
-    if first < offset:
-        raise ValueError(
-            f"key tensor {block.part.key} must hold the last {value.shape[2] - first} keys for {block.part}, "
-            f"got {key.shape[2]}"
-        )
-    rows = slice(*block.rows)
-    return queries[block.part.query][:, :, rows], key[:, :, first - offset : last - offset], value[:, :, first:last]
+    query = queries[block.part.query][:, :, slice(*block.rows)]
+    return query, block.slots(keys[block.part.key], value.shape[2]), value[:, :, slice(*block.columns)]
 
 
 def _pad(x: Tensor, width: int) -> Tensor:

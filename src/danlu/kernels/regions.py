@@ -63,6 +63,16 @@ class Block:
         """Number of tiles of a band."""
         return (self.rows[1] - self.rows[0]) // self.tile
 
+    def slots(self, key: Tensor, n_keys: int) -> Tensor:
+        """Give the keys that this block sees, from a tensor that may hold only the last of `n_keys` keys."""
+        first, last = (c - n_keys + key.shape[2] for c in self.columns)
+        if first < 0:
+            raise ValueError(
+                f"key tensor {self.part.key} must hold the last {key.shape[2] - first} keys for {self.part}, "
+                f"got {key.shape[2]}"
+            )
+        return key[:, :, first:last]
+
     def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Give the additive mask (tile, tile + width - 1) of a band: row r sees the `width` slots from r on."""
         if self.kind != "band":

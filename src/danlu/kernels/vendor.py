@@ -34,10 +34,12 @@ def choose_route(
     1. soft-capped scores, a bias or explicit query slots: math, no flash kernel takes them;
     2. a part that the planner cannot cut (`regions.can_plan`): math;
     3. no query at all: math;
-    4. CPU tensors of float64, float32, bfloat16 or float16: cpu, if the kernel passes its trial;
-    5. CUDA tensors of bfloat16 or float16, head sizes a multiple of 8 up to 256, compute capability 8 or more: cuda, if
+    4. one query of float64 or float32 on the CPU, the value's batch and head axes foldable into one: row, two products
+       and a softmax are faster there than the kernel and its merge;
+    5. CPU tensors of float64, float32, bfloat16 or float16: cpu, if the kernel passes its trial;
+    6. CUDA tensors of bfloat16 or float16, head sizes a multiple of 8 up to 256, compute capability 8 or more: cuda, if
        the kernel passes its trial;
-    6. everything else: math.
+    7. everything else: math.
 
     Args:
         query: (batch, heads, Lq, head_dim).
@@ -48,7 +50,7 @@ def choose_route(
         q_slots: as for `flash.attend`.
 
     Returns:
-        (route, reason), route one of "cpu", "cuda", "math".
+        (route, reason), route one of "row", "cpu", "cuda", "math".
     """
     for name, given in (("softcap", softcap), ("bias", bias), ("q_slots", q_slots)):
         if given is not None:
@@ -62,6 +64,8 @@ def choose_route(
     if kind == "cpu":
         if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return "math", f"the CPU kernel has no {query.dtype}"
+        if query.shape[2] == 1 and query.dtype in (torch.float64, torch.float32) and _foldable(value):
+            return "row", "one query"
         return ("cpu", "CPU flash kernel") if CPU_WORKS else ("math", "this PyTorch has no usable CPU flash kernel")
     if kind == "cuda":
         if query.dtype not in (torch.bfloat16, torch.float16):
@@ -72,6 +76,11 @@ def choose_route(
             return "cuda", "CUDA flash kernel"
         return "math", "this GPU or PyTorch has no usable CUDA flash kernel"
     return "math", f"no flash kernel for {kind} tensors"
+
+
+def _foldable(x: Tensor) -> bool:
+    """Tell whether a batched product takes (batch, heads, ...) without a copy."""
+    return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def forward(block: Block, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
