@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from danlu.cli.lab import app
+from danlu.cli import app
 from danlu.lab import Check, Evidence, claim, claims, runner
 
 
@@ -17,7 +17,7 @@ def invoke(monkeypatch):
     def tiny(context):
         return Evidence("1 is above 0", (Check("above", sum(context.track([1], description="x", total=1)) > 0),))
 
-    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+    return lambda *words: CliRunner().invoke(app, ["lab", *(str(word) for word in words)])
 
 
 def test_run_then_list_then_report(invoke, tmp_path):

@@ -24,10 +24,9 @@ def list_claims(out: Out = Path("build/lab")) -> None:
     from danlu.lab.runner import load
 
     table = Table("claim", "what", "source", "seconds", "verdict")
-    with _user_errors():
-        for name, claim in claims().items():
-            record = load(name, out)
-            table.add_row(name, claim.title, claim.source, f"{claim.budget:.0f}", record.verdict if record else "-")
+    for name, claim in claims().items():
+        record = load(name, out)
+        table.add_row(name, claim.title, claim.source, f"{claim.budget:.0f}", record.verdict if record else "-")
     Console().print(table)
 
 
@@ -51,17 +50,16 @@ def run(
 
     console = Console(soft_wrap=True)
     transformers_logging.disable_progress_bar()  # of loading weights; the lab has its own bars
-    with _user_errors():
-        chosen = [find(name) for name in names] if names else list(claims().values())
-        numbers = _seeds(seeds)
-        if model is not None and not (model / "config.json").is_file():
-            raise ValueError(f"model must be a folder with a config.json, got {model}")
-        for claim in chosen:
-            console.print(f"{claim.name}: {claim.title}", markup=False, highlight=False)
-            with _tracker() as track:
-                record = run_claim(claim, directory=out, seeds=numbers, model=model, force=force, track=track)
-            console.print(f"  {record.verdict}: {record.evidence.summary}", markup=False, highlight=False)
-        page = write_gallery(out)
+    chosen = [find(name) for name in names] if names else list(claims().values())
+    numbers = _seeds(seeds)
+    if model is not None and not (model / "config.json").is_file():
+        raise ValueError(f"model must be a folder with a config.json, got {model}")
+    for claim in chosen:
+        console.print(f"{claim.name}: {claim.title}", markup=False, highlight=False)
+        with _tracker() as track:
+            record = run_claim(claim, directory=out, seeds=numbers, model=model, force=force, track=track)
+        console.print(f"  {record.verdict}: {record.evidence.summary}", markup=False, highlight=False)
+    page = write_gallery(out)
     console.print(f"gallery: {page}", markup=False, highlight=False)
 
 
@@ -72,8 +70,7 @@ def report(out: Out = Path("build/lab")) -> None:
 
     from danlu.lab.gallery import write_gallery
 
-    with _user_errors():
-        page = write_gallery(out)
+    page = write_gallery(out)
     Console(soft_wrap=True).print(f"gallery: {page}", markup=False, highlight=False)
 
 
@@ -84,16 +81,6 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"seeds must be whole numbers joined by commas, such as 0,1,2, got {text!r}")
     return tuple(int(part) for part in parts)
-
-
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """One line and exit code 2 for what the user can mend."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 @contextlib.contextmanager
