@@ -41,7 +41,8 @@ def _mathml(block: bool):
     def visit(translator, node):
         source = node.astext()
         try:
-            translator.body.append(tex2mathml(source, as_block=block))
+            # The converter has no command for dots that suit both commas and operators.
+            translator.body.append(tex2mathml(re.sub(r"\\dots\b", r"\\ldots", source), as_block=block))
         except (MathError, ValueError) as error:
             raise ExtensionError(f"formula not understood: {source!r}: {error}") from error
         raise nodes.SkipNode
