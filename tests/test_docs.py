@@ -10,7 +10,8 @@ import pytest
 import typer
 
 import danlu
-from danlu.context.methods import METHODS, parse_methods
+from danlu.context.stacks import METHODS, parse_methods
+from danlu.lab import claims
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -102,3 +103,12 @@ def test_every_method_has_a_page(method):
 def test_api_page_lists_exactly_the_public_names():
     listed = re.findall(r"^\.\. auto\w+:: danlu\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
     assert sorted(listed) == danlu.__all__
+
+
+def test_readme_table_has_every_claim_and_its_verdict():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- lab:begin")[1].split("<!-- lab:end")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert {row[2].strip("`") for row in rows if row[2] != "-"} == set(claims())
+    assert [row[0] for row in rows if not row[3]] == [], "no verdict: run make lab, then scripts/publish_lab.py"
