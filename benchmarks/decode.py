@@ -47,7 +47,8 @@ def filled_cache(model: LlamaForCausalLM, context: int) -> DynamicCache:
     cache = model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True).past_key_values
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], context, layer.keys.shape[3])
-        layer.keys, layer.values = torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, dtype=dtype, device=device)
+        layer.keys = torch.randn(shape, dtype=dtype, device=device)
+        layer.values = torch.randn(shape, dtype=dtype, device=device)
     return cache
 
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.methods import ReRoPE as ReRoPE
     from danlu.context.methods import Window as Window
     from danlu.context.methods import YaRN as YaRN
-    from danlu.context.methods import parse_methods as parse_methods
     from danlu.context.needle import needle_scores as needle_scores
+    from danlu.context.stacks import parse_methods as parse_methods
     from danlu.positions.base_check import check_base as check_base
     from danlu.positions.bound import max_length as max_length
     from danlu.positions.bound import recommended_base as recommended_base
@@ -78,9 +78,9 @@ _HOMES = {
         "ReRoPE",
         "Window",
         "YaRN",
-        "parse_methods",
     ),
     "danlu.context.needle": ("needle_scores",),
+    "danlu.context.stacks": ("parse_methods",),
     "danlu.positions.base_check": ("check_base",),
     "danlu.positions.bound": ("max_length", "recommended_base"),
     "danlu.positions.export": ("export_config",),

@@ -10,7 +10,16 @@ import transformers
 
 from context.families import BY_NAME, COMMON, PLAIN_ROPE, TRAINED, in_pieces, tokens, widen
 from danlu.context.extend import active_methods, extend, extended, restore
-from danlu.context.methods import NTK, DynamicNTK, LeakyReRoPE, LogN, NTKMixed, ReRoPE, Window, YaRN
+from danlu.context.methods import (
+    NTK,
+    DynamicNTK,
+    LeakyReRoPE,
+    LogN,
+    NTKMixed,
+    ReRoPE,
+    Window,
+    YaRN,
+)
 from reference.host import Wide
 
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from danlu.context.methods import (
-    METHODS,
     NTK,
     DynamicNTK,
     DynamicYaRN,
@@ -24,12 +23,8 @@ from danlu.context.methods import (
     ReRoPE,
     Window,
     YaRN,
-    check_stack,
-    default_stacks,
-    parse_methods,
-    resolve_stack,
-    stack_label,
 )
+from danlu.context.stacks import METHODS, check_stack, default_stacks, parse_methods, resolve_stack, stack_label
 
 factors = st.none() | st.floats(1, 1e6) | st.integers(1, 1000)
 windows = st.none() | st.integers(1, 10**6)

@@ -138,7 +138,7 @@ def usage_lines(report: LengthReport, model: str | None) -> list[str]:
 
 
 def _stacks(methods: str | None) -> Mapping[str, Any]:
-    from danlu.context.methods import default_stacks, parse_methods
+    from danlu.context.stacks import default_stacks, parse_methods
 
     if methods is None:
         return default_stacks()
@@ -191,8 +191,8 @@ def _that_hold(lengths: list[int], needed: int, notes: list[str]) -> list[int]:
 
 def _save_config(report: LengthReport, stacks: Mapping[str, Any], config: Any, trained: int, folder: Path) -> str:
     """Write the host configuration of the best exportable method; returns the sentence that says so."""
-    from danlu.context.methods import resolve_stack
     from danlu.context.report import write_whole
+    from danlu.context.stacks import resolve_stack
     from danlu.positions.export import export_config
 
     longest = report.lengths[-1]

@@ -1,0 +1,1 @@
+"""Reading past the training length: methods, extend, evaluation by length, reports."""

@@ -1,9 +1,9 @@
 """The attention function and the mask function that ``extend`` registers with the host under the name ``danlu``.
 
 Distances are counted in cache slots: a constant offset, such as left padding, cancels in every rotation. The mask
-arrives in one of three forms. ``None``: plain causal attention. ``(batch, keys)``: causal, and each row's valid slots are
-one run. ``(batch, 1, queries, keys)``: anything else (sliding windows, packed documents, static caches, holes), which
-takes the dense route.
+arrives in one of three forms. ``None``: plain causal attention. ``(batch, keys)``: causal, and each row's valid slots
+are one run. ``(batch, 1, queries, keys)``: anything else (sliding windows, packed documents, static caches, holes),
+which takes the dense route.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from danlu.attention.rerope import piecewise_attention
 from danlu.attention.scale import log_n_factor
 from danlu.attention.window import window_attention
 from danlu.context.cache import LAYER, TurnedKeysLayer
-from danlu.context.methods import DynamicPattern, LogN, Method, ReRoPE, Window
+from danlu.context.methods import (
+    DynamicPattern,
+    LogN,
+    Method,
+    ReRoPE,
+    Window,
+)
 from danlu.context.turning import DynamicTables, Turner
 from danlu.kernels.flash import attend
 from danlu.kernels.regions import Part
@@ -52,7 +58,7 @@ class Plan:
     trained_length: int = 0
 
     def scale_queries(self, query: Tensor, positions: Tensor) -> Tensor:
-        """Multiply queries (batch, heads, length, dim) by their log n factor; positions (length,) or (batch, length)."""
+        """Multiply queries (batch, heads, length, dim) by log n at positions (length,) or (batch, length)."""
         if self.log_n is None:
             return query
         pattern, unit = self.pattern, self.log_n.trained_length or self.trained_length
@@ -114,7 +120,9 @@ def danlu_attention(
     if plan is None:
         raise ValueError("attention implementation 'danlu' is set up by danlu.extend(model, ...): call that instead")
     if dropout:
-        raise ValueError(f"attention dropout must be 0 under danlu.extend, got {dropout}: set config.attention_dropout = 0")
+        raise ValueError(
+            f"attention dropout must be 0 under danlu.extend, got {dropout}: set config.attention_dropout = 0"
+        )
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions must be False under danlu.extend: no attention matrix is ever formed")
     if is_causal is False:
@@ -132,7 +140,9 @@ def danlu_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _padded(plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+def _padded(
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict
+) -> tuple[Tensor, Tensor]:
     """Row by row on the valid slots, so that padding costs nothing and cannot leak."""
     rows, lengths = spans(mask), (query.shape[2], key.shape[2])
     offset = lengths[1] - lengths[0]

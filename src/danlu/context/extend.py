@@ -1,10 +1,10 @@
-"""``extend``, ``restore`` and ``extended``: put methods on a Hugging Face causal language model and take them off again.
+"""``extend``, ``restore``, ``extended``: put methods on a Hugging Face causal language model and take them off again.
 
 Frequency methods edit the rotary module's frequencies, and nothing else changes: any kernel, any cache, no cost.
 Patterns that need more than one rotation of the same key (ReRoPE, leaky ReRoPE, dynamic scaling) silence the rotary
 module instead, so that the host's queries, keys and caches stay unturned, and turn them in the attention function
-registered as ``danlu``. For leaky ReRoPE the host turns by ``position / stride``, which is what distant keys need, and the
-attention function adds the rest for the near ones.
+registered as ``danlu``. For leaky ReRoPE the host turns by ``position / stride``, which is what distant keys need, and
+the attention function adds the rest for the near ones.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from danlu.context.methods import (
     ReRoPE,
     Stack,
     Window,
-    parse_methods,
-    resolve_stack,
 )
+from danlu.context.stacks import parse_methods, resolve_stack
 from danlu.context.turning import DynamicTables, Turner
 from danlu.positions.scaling import rescaled
 
@@ -245,7 +244,7 @@ def _apply(host: PreTrainedModel, state: _State, layers: list[Layer], length: in
 
 
 def _is_extended(layer: Layer, length: int) -> bool:
-    """Layers with positions that look further back than the trained length; a shorter window never sees a new distance."""
+    """Layers with positions that look back beyond the trained length; a shorter window never sees a new distance."""
     return layer.rotary is not None and (layer.sliding_window is None or layer.sliding_window > length)
 
 
@@ -272,7 +271,7 @@ def _plan(
     log_n: Method | None,
     length: int,
 ) -> None:
-    """Tell each attention module what its share is; the attention function reads it. Angle tables are shared by site."""
+    """Tell each attention module its share; the attention function reads it. Angle tables are shared by site."""
     far = {layer.module for layer in extended_layers}
     turners: dict[Any, Turner] = {}
     tables: dict[Any, DynamicTables] = {}

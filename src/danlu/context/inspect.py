@@ -117,7 +117,9 @@ def find_sites(model: PreTrainedModel) -> list[Site]:
     for entry in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = str(entry.get("rope_type", "default"))
         if "dynamic" in kind or kind == "longrope":
-            raise ValueError(f"{name} uses rope_type {kind!r}, which changes with the length: load it with a fixed rope_type")
+            raise ValueError(
+                f"{name} uses rope_type {kind!r}, which changes with the length: load it with a fixed rope_type"
+            )
         if "mrope_section" in entry:
             raise ValueError(f"{name} rotates along several axes (mrope_section), which danlu does not extend")
     return sites

@@ -1,16 +1,12 @@
 """What ``danlu.extend`` can do to a model, as small frozen values that can be compared, printed and parsed.
 
-A *stack* is a tuple of methods that work together. At most one method of a stack changes the frequencies, at most one
-the attention pattern, at most one the query scale; ``check_stack`` says so when a stack asks for more.
-
-The written form is ``rerope:window=64+logn``: methods joined by ``+``, options by ``:``.
+A *stack* is a tuple of methods that work together: at most one that changes the frequencies, one the attention pattern,
+one the query scale. ``danlu.context.stacks`` checks, writes and reads stacks.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -21,8 +17,8 @@ Stack = tuple["Method", ...]
 class Method:
     """Base of all methods.
 
-    Options that are ``None`` are chosen from the model by ``resolve``: windows from the trained length, factors from the
-    length that is to be read.
+    Options that are ``None`` are chosen from the model by ``resolve``: windows from the trained length, factors from
+    the length that is to be read.
     """
 
     name: ClassVar[str]
@@ -40,7 +36,7 @@ class Method:
         return f"{self.title} ({options})" if options else self.title
 
     def resolve(self, trained_length: int, target_length: int | None = None) -> Method:
-        """Return the method with every ``None`` option filled in, or raise ValueError when it does not fit the model."""
+        """Return the method with every ``None`` option filled in; ValueError when it does not fit the model."""
         return self
 
 
@@ -208,7 +204,8 @@ class ReRoPE(Pattern):
         window = max(1, trained_length // 2) if self.window is None else self.window
         if window >= trained_length:
             raise ValueError(
-                f"window must be in 1..{trained_length - 1} for a model trained on {trained_length} tokens, got {window}; "
+                f"window must be in 1..{trained_length - 1} for a model trained on {trained_length} tokens, "
+                f"got {window}; "
                 f"{max(1, trained_length // 4)} to {max(1, trained_length // 2)} work best"
             )
         return replace(self, window=window)
@@ -339,99 +336,8 @@ class LogN(Method):
 
 @dataclass(frozen=True)
 class KeyNorm(Method):
-    """Gainless RMS norm of the keys: an architecture to train with, not a patch for a trained model. Source: archive 9859."""
+    """Gainless RMS norm of the keys: to train with, not a patch for a trained model. Source: archive 9859."""
 
     name: ClassVar[str] = "key-norm"
     title: ClassVar[str] = "KeyNorm"
     role: ClassVar[str] = "key norm"
-
-
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        PositionInterpolation, NTKOld, NTK, NTKFixed, NTKMixed, YaRN, DynamicNTK, DynamicYaRN,
-        ReRoPE, LeakyReRoPE, Window, LogN, KeyNorm,
-    )
-}  # fmt: skip
-
-
-# --- stacks -----------------------------------------------------------------------------------------------------------
-
-
-def check_stack(methods: Sequence[Method]) -> None:
-    """Refuse what is not a method, and two methods for one role.
-
-    Raises:
-        TypeError: an element is not a method.
-        ValueError: two methods change the same thing, or a dynamic pattern meets a fixed frequency scaling.
-    """
-    seen: dict[str, Method] = {}
-    for method in methods:
-        if not isinstance(method, Method):
-            raise TypeError(f"methods must be danlu methods such as ReRoPE(window=512), got {method!r}")
-        if other := seen.get(method.role):
-            raise ValueError(f"{other} and {method} both set the {method.role}: keep one of them")
-        seen[method.role] = method
-    if isinstance(seen.get("pattern"), DynamicPattern) and "frequencies" in seen:
-        raise ValueError(f"{seen['pattern']} and {seen['frequencies']} both set the frequencies: keep one of them")
-
-
-def resolve_stack(methods: Sequence[Method], trained_length: int, target_length: int | None = None) -> Stack:
-    """Return the stack with all options filled in for a model and, if given, a length in tokens."""
-    check_stack(methods)
-    return tuple(method.resolve(trained_length, target_length) for method in methods)
-
-
-def parse_methods(text: str) -> Stack:
-    """Parse ``rerope:window=64+logn``; ``plain`` is the empty stack.
-
-    Raises:
-        ValueError: unknown method or option (the nearest known one is named), or an option that is not a value.
-    """
-    if text.strip() == "plain":
-        return ()
-    stack = tuple(_parse_method(part.strip()) for part in text.split("+"))
-    check_stack(stack)
-    return stack
-
-
-def _parse_method(text: str) -> Method:
-    name, *options = text.split(":")
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{_nearest(name, [*METHODS, 'plain'])}")
-    cls = METHODS[name]
-    known = [f.name for f in fields(cls)]
-    values: dict[str, object] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in known:
-            raise ValueError(f"unknown option {key!r} of {name}{_nearest(key, known)}")
-        values[key] = _parse_value(f"{name}:{key}", value)
-    return cls(**values)
-
-
-def _parse_value(name: str, text: str) -> object:
-    if text in ("True", "true", "False", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ValueError(f"{name} must be a number, true or false, got {text!r}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
-
-
-def stack_label(methods: Sequence[Method]) -> str:
-    """One line for tables: the labels joined by ``+``, ``plain`` for the empty stack."""
-    return " + ".join(method.label for method in methods) or "plain"
-
-
-def default_stacks() -> dict[str, Stack]:
-    """Stacks of the standard table, by written form; options are left to ``resolve_stack``."""
-    names = ("plain", "window", "pi", "ntk", "ntk-mixed", "yarn", "dynamic-ntk", "rerope", "rerope+logn")
-    return {name: parse_methods(name) for name in names}

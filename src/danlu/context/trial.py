@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from danlu.context.extend import extended
 from danlu.context.inspect import trained_length
-from danlu.context.methods import Method, default_stacks, parse_methods, resolve_stack
+from danlu.context.methods import Method
+from danlu.context.stacks import default_stacks, parse_methods, resolve_stack
 
 StackLike: TypeAlias = str | Method | Sequence[Method]
 Stacks: TypeAlias = Mapping[str, StackLike] | Sequence[StackLike]
