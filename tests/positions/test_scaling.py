@@ -85,7 +85,9 @@ def test_agrees_with_the_host(s: float) -> None:
 
 
 @pytest.mark.parametrize("truncate", [True, False])
-@pytest.mark.parametrize(("length", "fast", "slow"), [(4096, 32.0, 1.0), (256, 32.0, 1.0), (32768, 16.0, 2.0), (1_000_000, 32.0, 1.0)])
+@pytest.mark.parametrize(
+    ("length", "fast", "slow"), [(4096, 32.0, 1.0), (256, 32.0, 1.0), (32768, 16.0, 2.0), (1_000_000, 32.0, 1.0)]
+)
 def test_yarn_agrees_with_the_host(length: int, fast: float, slow: float, truncate: bool) -> None:
     host, scaling = host_table(
         "yarn",
