@@ -81,6 +81,18 @@ def test_verdict():
     assert len(make_report(lengths=(64,), needles=()).verdict()) == 1
 
 
+@pytest.mark.parametrize(("winner", "said"), [("window", "Best that sees the whole text: rerope, "), ("rerope", "")])
+def test_verdict_compares_with_the_window(winner, said):
+    losses = {"window": (2.0, 2.1), "rerope": (2.25, 2.55)}
+    if winner == "rerope":
+        losses = {"window": (2.25, 2.55), "rerope": (2.0, 2.1)}
+    spellings = {"window": "Window(window=8, sinks=0)", "rerope": "ReRoPE(window=8)"}
+    rows = tuple(Measurement(s, 64, spellings[s], x, 0, 1) for s, x in losses.items())
+    report = make_report(lengths=(64,), stacks=("window", "rerope"), measurements=rows, needles=())
+    sign = "+" if winner == "window" else "-"
+    assert report.verdict()[1] == f"{said}{sign}0.350 ± 0.100 against window at 64 tokens."
+
+
 def test_verdict_names_the_finder_beside_the_best():
     needles = tuple(NeedleScore(s, 64, 0.5, 4, a / 2, a, -1.0) for s, a in (("plain", 0.5), ("rerope", 0.25)))
     assert make_report(needles=needles).verdict()[-1] == (

@@ -34,6 +34,7 @@ def single(report: LengthReport, draw: Callable[[Axes, LengthReport], None]) -> 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     draw(axes, report)
+    axes.set_title("")  # the page's heading says it
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
@@ -55,7 +56,8 @@ def draw_needles(axes: Axes, report: LengthReport) -> None:
         return math.nan if found is None else found[1]
 
     _draw_lines(axes, report, score)
-    axes.set_ylim(-0.04, 1.04)
+    highest = max((row.token_accuracy for row in report.needles), default=0)
+    axes.set_ylim(-0.02, 1.02 if highest > 0.4 else 0.5)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title("Needle tokens right")
 

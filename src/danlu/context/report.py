@@ -145,6 +145,8 @@ class LengthReport:
             word = "lowers" if change < 0 else "raises"
             word = f"Longer context {word} its loss" if clear else "Longer context makes no clear difference to it"
             lines.append(f"{word}: {change:+.3f} ± {error:.3f} from {shortest} to {longest} tokens.")
+        if compared := self._against_window(best):
+            lines.append(compared)
         scores = {stack: self.needle_accuracy(stack, longest) for stack in self.stacks}
         found = {stack: score for stack, score in scores.items() if score is not None}
         if found:
@@ -155,6 +157,18 @@ class LengthReport:
             ]
             lines.append(f"Needles at {longest} tokens: {'; '.join(dict.fromkeys(said))}.")
         return lines
+
+    def _against_window(self, best: str) -> str | None:
+        """The best stack that sees the whole text against the best sliding window, where the report has both."""
+        longest = self.lengths[-1]
+        ranked = sorted(self.stacks, key=lambda stack: _nan_last(self.at(stack, longest).loss))
+        near = [stack for stack in ranked if "Window(" in self.at(stack, longest).methods]
+        whole = [stack for stack in ranked if stack not in near]
+        if not near or not whole:
+            return None
+        change, error = self.change(whole[0], near[0])
+        label = f"Best that sees the whole text: {whole[0]}, " if whole[0] != best else ""
+        return f"{label}{change:+.3f} ± {error:.3f} against {near[0]} at {longest} tokens."
 
     def table(self) -> Table:
         """The report as a ``rich`` table: loss by length, needles, speed and memory at the longest length."""
@@ -253,6 +267,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+def _nan_last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def _nan(value: float | None) -> float:
