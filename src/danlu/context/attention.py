@@ -22,7 +22,6 @@ from danlu.attention.scale import log_n_factor
 from danlu.attention.window import window_attention
 from danlu.context.cache import LAYER, TurnedKeysLayer
 from danlu.context.methods import (
-    DynamicPattern,
     LogN,
     Method,
     ReRoPE,
@@ -43,6 +42,7 @@ class Plan:
 
     Attributes:
         pattern: ReRoPE, window or dynamic method of this layer, with all options filled in.
+        window: the pattern's window in tokens, where it has one.
         near: the rotation that queries and keys still need here; ``None`` when they arrive fully turned.
         far_shift: angle position by which a far query is turned further.
         dynamic: rotations by factor, for dynamic patterns.
@@ -51,6 +51,7 @@ class Plan:
     """
 
     pattern: Method | None = None
+    window: int = 0
     near: Turner | None = None
     far_shift: float = 0.0
     dynamic: DynamicTables | None = field(default=None, repr=False)
@@ -62,7 +63,7 @@ class Plan:
         if self.log_n is None:
             return query
         pattern, unit = self.pattern, self.log_n.trained_length or self.trained_length
-        visible = pattern.window + pattern.sinks if isinstance(pattern, Window) and pattern.window else None
+        visible = self.window + pattern.sinks if isinstance(pattern, Window) else None
         factor = log_n_factor(positions, unit, clip=self.log_n.clip, window=visible)
         factor = factor[:, None] if factor.ndim == 2 else factor
         return (query * factor[..., None].to(query.device)).to(query.dtype)
@@ -176,39 +177,40 @@ def _causal(
     length, total = query.shape[2], key.shape[2]
     query = plan.scale_queries(query, torch.arange(total - length, total, device=query.device))
     pattern = plan.pattern
-    if isinstance(pattern, DynamicPattern):
-        return _dynamic(plan, query, key, value, options, layer)
-    if isinstance(pattern, ReRoPE):
-        near_length = min(total, length + pattern.window - 1)  # type: ignore[operator]
-        near = plan.near
-        return piecewise_attention(
-            near.turn(query, near_length - length),  # type: ignore[union-attr]
-            near.turn(key[:, :, total - near_length :], 0),  # type: ignore[union-attr]
-            near.turn_by(query, plan.far_shift) if total > pattern.window else query,  # type: ignore
+    if plan.dynamic is not None:
+        return _dynamic(plan.dynamic, query, key, value, options, layer)
+    near = plan.near
+    if isinstance(pattern, ReRoPE) and near is not None:
+        near_length = min(total, length + plan.window - 1)
+        out, lse = piecewise_attention(
+            near.turn(query, near_length - length),
+            near.turn(key[:, :, total - near_length :], 0),
+            near.turn_by(query, plan.far_shift) if total > plan.window else query,
             key,
             value,
-            window=pattern.window,
+            window=plan.window,
             return_lse=True,
             **options,
         )
-    if plan.near is not None:
-        query, key = plan.near.turn(query, total - length), plan.near.turn(key, 0)
+        return out, lse
+    if near is not None:
+        query, key = near.turn(query, total - length), near.turn(key, 0)
     if isinstance(pattern, Window):
-        return window_attention(
-            query, key, value, window=pattern.window, sinks=pattern.sinks, return_lse=True, **options
+        out, lse = window_attention(
+            query, key, value, window=plan.window, sinks=pattern.sinks, return_lse=True, **options
         )
+        return out, lse
     return attend([query], [key], value, [CAUSAL], **options)
 
 
 def _dynamic(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, options: dict, layer: TurnedKeysLayer | None
+    tables: DynamicTables, query: Tensor, key: Tensor, value: Tensor, options: dict, layer: TurnedKeysLayer | None
 ) -> tuple[Tensor, Tensor]:
     """One causal call per run of rows that share a factor."""
     length, total = query.shape[2], key.shape[2]
-    tables = plan.dynamic
     outs, lses = [], []
-    for start, stop, factor in tables.segments(total - length, total):  # type: ignore[union-attr]
-        turner = tables[factor]  # type: ignore[index]
+    for start, stop, factor in tables.segments(total - length, total):
+        turner = tables[factor]
         rows = query[:, :, start - (total - length) : stop - (total - length)]
         # a latent cache (MLA) holds less than the keys it expands to: a turned copy would undo the saving
         if layer is None or stop < total or key.requires_grad or layer.keys.shape != key.shape:
@@ -230,24 +232,25 @@ def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     seen = last - visible.int().argmax(-1)
     query = plan.scale_queries(query, seen)
     pattern, near = plan.pattern, plan.near
-    if isinstance(pattern, ReRoPE):
-        return piecewise_attention(
-            near.turn_at(query, last),  # type: ignore[union-attr]
-            near.turn(key, 0),  # type: ignore[union-attr]
-            near.turn_by(query, plan.far_shift),  # type: ignore[union-attr]
+    if isinstance(pattern, ReRoPE) and near is not None:
+        out, lse = piecewise_attention(
+            near.turn_at(query, last),
+            near.turn(key, 0),
+            near.turn_by(query, plan.far_shift),
             key,
             value,
-            window=pattern.window,
+            window=plan.window,
             bias=mask,
             q_slots=last,
             return_lse=True,
             **options,
         )
-    if isinstance(pattern, DynamicPattern):
-        return _dense_dynamic(plan, query, key, value, mask, last, seen, options)
+        return out, lse
+    if plan.dynamic is not None:
+        return _dense_dynamic(plan.dynamic, query, key, value, mask, last, seen, options)
     if isinstance(pattern, Window):
         distance = last[:, :, None] - slots
-        kept = distance < pattern.window  # type: ignore[operator]
+        kept = distance < plan.window
         if pattern.sinks:
             kept = kept | (slots - (last - seen)[:, :, None] < pattern.sinks)
         kept = kept[:, None]
@@ -258,20 +261,29 @@ def _dense(plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
 
 
 def _dense_dynamic(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, last: Tensor, seen: Tensor, options: dict
+    tables: DynamicTables,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    last: Tensor,
+    seen: Tensor,
+    options: dict,
 ) -> tuple[Tensor, Tensor]:
     """Every factor that occurs, on all rows; each row keeps its own. Few factors occur: they grow geometrically."""
-    tables = plan.dynamic
-    out = lse = None
-    for low, high, factor in tables.segments(int(seen.min()), int(seen.max()) + 1):  # type: ignore[union-attr]
-        turner = tables[factor]  # type: ignore[index]
+    out = query.new_zeros(*query.shape[:3], value.shape[-1])
+    lse = torch.zeros(
+        out.shape[:3], dtype=torch.float64 if out.dtype == torch.float64 else torch.float32, device=out.device
+    )
+    for low, high, factor in tables.segments(int(seen.min()), int(seen.max()) + 1):
+        turner = tables[factor]
         part, part_lse = attend(
             [turner.turn_at(query, last)], [turner.turn(key, 0)], value, [EVERYTHING], bias=mask, **options
         )
         chosen = ((seen >= low) & (seen < high))[:, None]
-        out = part if out is None else torch.where(chosen[..., None], part, out)
-        lse = part_lse if lse is None else torch.where(chosen, part_lse, lse)
-    return out, lse  # type: ignore[return-value]
+        out = torch.where(chosen[..., None], part, out)
+        lse = torch.where(chosen, part_lse, lse)
+    return out, lse
 
 
 AttentionInterface.register(NAME, danlu_attention)

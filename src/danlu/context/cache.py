@@ -82,7 +82,7 @@ class TurnedKeysLayer(DynamicLayer):
 class _Attach:
     """Forward pre-hook of an attention module: gives an empty cache layer of the plain kind room for turned keys."""
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, module: Any, args: tuple, kwargs: dict) -> None:
         cache: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
         layer = None
         if isinstance(cache, Cache) and module.layer_idx < len(cache.layers):

@@ -100,6 +100,8 @@ def extend(model: ModelT, *methods: Method | str, trained_length: int | None = N
             ``extend`` before it was saved.
         trained_length: tokens the model was trained on. ``None``: ``max_position_embeddings``.
 
+    A custom 4-D attention mask must be causal: a row's last visible key is taken for its own.
+
     Returns:
         The same object.
 
@@ -144,7 +146,8 @@ def restore(model: ModelT) -> ModelT:
     if state is not None:
         for handle in state.handles:
             handle.remove()
-        remove_key_norm(host)
+        if any(isinstance(method, KeyNorm) for method in state.stack):
+            remove_key_norm(host)
         for site, inv_freq, scaling in state.frequencies:
             site.set(inv_freq, scaling)
         for module in state.planned:
@@ -289,6 +292,7 @@ def _plan(
         window = getattr(pattern, "window", None) or 0
         layer.module.__dict__[attention.PLAN] = attention.Plan(
             pattern=pattern if share else None,
+            window=window,
             near=near,
             far_shift=window * (1 - 1 / stride),
             dynamic=dynamic,

@@ -204,7 +204,7 @@ def probe(model: PreTrainedModel) -> list[Layer]:
     with _recording(model) as recorder, torch.no_grad():
         _run(model)
         turned, recorder.calls = recorder.calls, {}
-        owners = {}
+        owners: dict[nn.Module, tuple[Site, dict[str, Any]]] = {}
         for site in sites:  # silenced one at a time, to see which layers each of them turns
             handles = silence([site])
             try:
@@ -220,9 +220,11 @@ def probe(model: PreTrainedModel) -> list[Layer]:
         raise ValueError(f"{name} does not call attention through the host's registry (AttentionInterface)")
     layers = []
     for module, call in turned.items():
-        site, raw = owners.get(module, (None, None))
-        rotary = None if site is None else _match(name, module, site, raw, call)
-        layers.append(Layer(module, site, rotary, call["window"]))
+        if module in owners:
+            site, raw = owners[module]
+            layers.append(Layer(module, site, _match(name, module, site, raw, call), call["window"]))
+        else:
+            layers.append(Layer(module, None, None, call["window"]))
     if all(layer.rotary is None for layer in layers):
         raise ValueError(f"{name} has rotary modules, but none of its attention layers turns with them")
     return layers

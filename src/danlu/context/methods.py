@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 Stack = tuple["Method", ...]
 
@@ -74,7 +74,7 @@ class FrequencyMethod(Method):
         if self.factor is not None:
             _real("factor", self.factor, 1)
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Options of ``danlu.positions.scaling.rescaled`` beside factor and trained length."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "factor"}
 
@@ -223,7 +223,7 @@ class LeakyReRoPE(ReRoPE):
 
     name: ClassVar[str] = "leaky"
     title: ClassVar[str] = "Leaky ReRoPE"
-    stride: float = 16.0  # type: ignore[assignment]
+    stride: float = 16.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -277,7 +277,7 @@ class DynamicPattern(Pattern):
     def __post_init__(self) -> None:
         _real("growth", self.growth, 1.01)
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Options of ``danlu.positions.scaling.rescaled`` beside factor and trained length."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "growth"}
 

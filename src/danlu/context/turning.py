@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class DynamicTables:
         options: further options of the rescaling.
     """
 
-    def __init__(self, rotary: Rotary, rescaling: str, trained_length: int, growth: float, options: dict[str, float]):
+    def __init__(self, rotary: Rotary, rescaling: str, trained_length: int, growth: float, options: dict[str, Any]):
         self.rotary, self.rescaling, self.trained_length = rotary, rescaling, trained_length
         self.growth, self.options = growth, options
         self._turners: dict[float, Turner] = {}
