@@ -1,8 +1,9 @@
 """ReRoPE attention against plain causal attention: time, memory by length, one decoding step.
 
 Run `python benchmarks/rerope.py [--quick] [--threads N] [--clock wall|cpu]`; the table goes to the terminal and to
-`rerope.md` beside this file. Times are medians of interleaved runs, so that a slow spell hits both sides; ratios are medians of the ratios of neighbouring runs. On a busy machine `--threads 1 --clock cpu` counts only the time
-that the process itself spent.
+`rerope.md` beside this file. Times are medians of interleaved runs, so that a slow spell hits both sides; ratios are
+medians of the ratios of neighbouring runs. On a busy machine `--threads 1 --clock cpu` counts only the time that the
+process itself spent.
 """
 
 from __future__ import annotations
