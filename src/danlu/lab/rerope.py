@@ -126,44 +126,32 @@ def log_n(context: Context) -> Evidence:
     name="leaky-inverse",
     title="Train with inverse Leaky ReRoPE, then use plain RoPE at any length",
     source="archive 9728",
-    statement="A model trained with stretched far distances (stride 1/16) can be used with plain RoPE, at full "
-    "speed, past its "
-    "trained length.",
-    measurement="Toy Llama trained at 32 tokens with window 8, stride 1/16 and log n, at rotary bases 10000 and 80000; "
-    "tested at 256 tokens as plain RoPE with log n, mean over seeds.",
-    seeds=(0, 1),
-    budget=240,
+    statement="A model trained with stretched far distances (stride 1/16) can be used with plain RoPE, at full speed, past "
+    "its trained length.",
+    measurement="Toy Llama trained at 32 tokens with window 8, stride 1/16, log n and rotary base 80000; tested at 256 "
+    "tokens as plain RoPE with log n, against a toy trained with plain RoPE.",
+    budget=180,
 )
 def leaky_inverse(context: Context) -> Evidence:
-    """Two bases, against the model trained with plain RoPE."""
+    """The inverse in training, against plain RoPE in training."""
     scaled = LogN(toy.TRAINED_LENGTH, clip=False)
-    inverse = (LeakyReRoPE(window=8, stride=1 / 16), scaled)
-    runs = {
-        "plain RoPE throughout": (toy.Toy(), ()),
-        "inverse, base 10000": (toy.Toy(methods=inverse), (scaled,)),
-        "inverse, base 80000": (toy.Toy(base=80000.0, methods=inverse), (scaled,)),
-    }
-    mean = toy.mean_scores(context, runs)
-    plain, small, large = mean.values()
+    inverse = toy.Toy(base=80000.0, methods=(LeakyReRoPE(window=8, stride=1 / 16), scaled))
+    mean = toy.mean_scores(context, {"plain RoPE throughout": (toy.Toy(), ()), "inverse": (inverse, (scaled,))})
+    plain, trained = mean.values()
+    gain = trained["near"] - plain["near"]
     checks = [
-        Check("base 80000: near at least .9", large["near"] >= 0.9, _two(large["near"])),
-        Check("base 80000: far at least .5", large["far"] >= 0.5, _two(large["far"])),
-        Check("base 80000: at least .9 at the trained length", large["trained"] >= 0.9, _two(large["trained"])),
-        Check(
-            "base 10000: near above plain RoPE by .3",
-            small["near"] - plain["near"] >= 0.3,
-            f"{_two(small['near'])} and {_two(plain['near'])}",
-        ),
+        Check("near at least .9", trained["near"] >= 0.9, _two(trained["near"])),
+        Check("near above plain RoPE by .1", gain >= 0.1, f"{_two(trained['near'])} and {_two(plain['near'])}"),
+        Check("far at least .5", trained["far"] >= 0.5, _two(trained["far"])),
+        Check("at least .9 at the trained length", trained["trained"] >= 0.9, _two(trained["trained"])),
     ]
     return Evidence(
-        summary=f"Plain RoPE at 8x, near/far: trained with the inverse {_two(large['near'])}/{_two(large['far'])} "
-        "(base 80000) "
-        f"and {_two(small['near'])}/{_two(small['far'])} (base 10000), without "
-        f"{_two(plain['near'])}/{_two(plain['far'])}.",
+        summary=f"Plain RoPE at 8x, near/far: trained with the inverse {_two(trained['near'])}/{_two(trained['far'])}, "
+        f"without {_two(plain['near'])}/{_two(plain['far'])}; {_two(trained['trained'])} at the trained length.",
         checks=tuple(checks),
         tables=(toy.score_table(mean),),
         plots=(toy.score_plot(mean, "Inverse Leaky ReRoPE in training"),),
-        notes=(toy.SETTING,),
+        notes=(toy.SETTING, "A training step costs 2.5 times that of plain RoPE at this length of 32 tokens."),
     )
 
 
