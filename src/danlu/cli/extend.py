@@ -177,7 +177,7 @@ def _that_fit(lengths: list[int], tokens: int, notes: list[str]) -> list[int]:
     if fitting and len(fitting) < len(lengths):
         left = ", ".join(str(length) for length in lengths if length not in fitting)
         notes.append(f"left out lengths {left}: the text has only {tokens} tokens")
-    return fitting or lengths
+    return fitting or lengths[:1]
 
 
 def _that_hold(lengths: list[int], needed: int, notes: list[str]) -> list[int]:
