@@ -126,8 +126,8 @@ def log_n(context: Context) -> Evidence:
     name="leaky-inverse",
     title="Train with inverse Leaky ReRoPE, then use plain RoPE at any length",
     source="archive 9728",
-    statement="A model trained with stretched far distances (stride 1/16) can be used with plain RoPE, at full speed, past "
-    "its trained length.",
+    statement="A model trained with stretched far distances (stride 1/16) can be used with plain RoPE, at full speed, "
+    "past its trained length.",
     measurement="Toy Llama trained at 32 tokens with window 8, stride 1/16, log n and rotary base 80000; tested at 256 "
     "tokens as plain RoPE with log n, against a toy trained with plain RoPE.",
     budget=180,
