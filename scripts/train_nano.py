@@ -180,6 +180,7 @@ def main() -> None:
         callbacks=[Report(held_out, 200)],
     )
     trainer.train(resume_from_checkpoint=any((options.out / "checkpoints").glob("checkpoint-*")))
+    model.config.use_cache = True  # the Trainer turns it off
     model.to(torch.bfloat16).save_pretrained(options.out / "model")
     tokenizer.save_pretrained(options.out / "model")
 
