@@ -55,14 +55,25 @@ def ours(q: Tensor, k: Tensor, v: Tensor, stride: float = math.inf) -> Tensor:
     return rerope_attention(q, k, v, rotary=ROTARY, window=WINDOW, stride=stride)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend by two full products, a choice and a softmax; one head at a time, so that long inputs fit at all."""
+def published(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend as the released patch does: all heads, two scaled products, a choice, an additive mask, a softmax."""
+    length = k.shape[2]
+    cos, sin = ROTARY.angles(torch.arange(length))
+    near = ROTARY.apply(q, cos, sin) @ ROTARY.apply(k, cos, sin).mT / math.sqrt(HEAD_DIM)
+    far = ROTARY.rotate(q, far_shift(WINDOW, math.inf)) @ k.mT / math.sqrt(HEAD_DIM)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = torch.zeros(length, length).masked_fill_(distance < 0, torch.finfo(q.dtype).min)
+    scores = torch.where(distance.abs() < WINDOW, near, far) + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def dense_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend by the same matrices with as little memory traffic as they allow: one head at a time, masked in place."""
     length = k.shape[2]
     cos, sin = ROTARY.angles(torch.arange(length))
     q_near, k_near = ROTARY.apply(q, cos, sin), ROTARY.apply(k, cos, sin)
     q_far = ROTARY.rotate(q, far_shift(WINDOW, math.inf))
-    slots = torch.arange(length)
-    distance = slots[:, None] - slots
+    distance = torch.arange(length)[:, None] - torch.arange(length)
     outs = []
     for head in range(q.shape[1]):
         near, far = (x[:, head] @ y[:, head].mT for x, y in ((q_near, k_near), (q_far, k)))
@@ -123,15 +134,18 @@ def speed(lengths: Sequence[int], runs: int, clock: Callable[[], float]) -> list
     return rows
 
 
-def against_dense(length: int, runs: int, clock: Callable[[], float]) -> str:
+def against_dense(length: int, runs: int, clock: Callable[[], float]) -> list[str]:
     """Compare with the formulation that fills length x length matrices."""
     inputs = tensors(length)
-    largest = (dense(*inputs) - ours(*inputs)).abs().max().item()
-    slow, fast = interleave([lambda: dense(*inputs), lambda: ours(*inputs)], runs, clock)
-    return (
-        f"Length {length}: dense {statistics.median(slow):.0f} ms, ReRoPE {statistics.median(fast):.0f} ms: "
-        f"**{ratio(slow, fast):.1f} times faster**; largest difference of the outputs {largest:.1e}."
-    )
+    largest = (dense_by_head(*inputs) - ours(*inputs)).abs().max().item()
+    calls = [lambda: published(*inputs), lambda: dense_by_head(*inputs), lambda: ours(*inputs)]
+    whole, by_head, fast = interleave(calls, runs, clock)
+    rows = ["| length | formulation | ms | ReRoPE, ms | times slower |", "| ---: | --- | ---: | ---: | ---: |"]
+    for name, slow in (("as published", whole), ("head by head, in place", by_head)):
+        middle = f"{statistics.median(slow):.0f} | {statistics.median(fast):.0f}"
+        rows.append(f"| {length} | {name} | {middle} | **{ratio(slow, fast):.1f}** |")
+        print(rows[-1], flush=True)
+    return [*rows, "", f"Largest difference of the outputs {largest:.1e}."]
 
 
 def decode(length: int, runs: int, clock: Callable[[], float]) -> list[str]:
@@ -216,7 +230,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=0, help="timed runs of each call")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--only", choices=["speed", "dense", "decode", "memory"], help="one section; writes no file")
+    parser.add_argument(
+        "--only", choices=["speed", "dense", "decode", "memory"], help="measure one section again, keep the others"
+    )
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -228,10 +244,11 @@ def main() -> None:
     lengths = [2048, 4096] if options.quick else [8192, 16384]
     sizes = [2**n for n in range(11, 14 if options.quick else 17)]
     sections = {
-        "speed": ("Time", lambda: speed(lengths, runs, clock)),
-        "dense": ("Against the dense formulation", lambda: [against_dense(lengths[0], 3, clock)]),
-        "decode": (f"One decoding step, {lengths[-1]} keys", lambda: decode(lengths[-1], runs, clock)),
+        # first, because a child process starts with its parent's peak
         "memory": ("Growth of the peak memory over the inputs, one head", lambda: memory(sizes)),
+        "speed": ("Time", lambda: speed(lengths, runs, clock)),
+        "dense": ("Against the dense formulation", lambda: against_dense(lengths[0], 3, clock)),
+        "decode": (f"One decoding step, {lengths[-1]} keys", lambda: decode(lengths[-1], runs, clock)),
     }
     text = [
         "# ReRoPE attention against plain causal attention",
@@ -241,13 +258,20 @@ def main() -> None:
         "interleaved runs. Both sides rotate with the same code; all rotations are inside the times. Made by "
         "`benchmarks/rerope.py`.",
     ]
+    file = Path(__file__).with_suffix(".md")
+    known = {} if options.quick or not file.exists() else read_sections(file)
     for name, (title, make) in sections.items():
         if options.only in (None, name):
-            text += ["", f"## {title}", "", *make()]
-    report = "\n".join(text) + "\n"
-    print(report)
-    if not options.quick and not options.only:
-        (Path(__file__).parent / "rerope.md").write_text(report)
+            known[title] = "\n".join(make())
+            done = [f"## {t}\n\n{known[t]}" for t, _ in sections.values() if t in known]
+            if not options.quick:  # after each section: a stopped run keeps what it has measured
+                file.write_text("\n\n".join(["\n".join(text), *done]) + "\n")
+
+
+def read_sections(file: Path) -> dict[str, str]:
+    """Sections of the report written before, by title; a run with --only replaces one of them."""
+    parts = file.read_text().split("\n## ")[1:]
+    return {title: body.strip() for title, _, body in (part.partition("\n\n") for part in parts)}
 
 
 if __name__ == "__main__":
