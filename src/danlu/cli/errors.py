@@ -14,5 +14,7 @@ def is_user_error(error: BaseException) -> bool:
 
 def one_sentence(error: BaseException) -> str:
     """The message on one line; the exception's name when it has none."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"cannot use {error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines) or type(error).__name__

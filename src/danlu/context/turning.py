@@ -26,6 +26,7 @@ class Turner:
     def __init__(self, rotary: Rotary, multiplier: float = 1.0, scaling: float = 1.0):
         self.rotary, self.multiplier, self.scaling = rotary, multiplier, scaling
         self._table: tuple[Tensor, Tensor] | None = None
+        self._constant: tuple[Any, Tensor, Tensor] | None = None
 
     def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -54,10 +55,15 @@ class Turner:
 
     def turn_by(self, x: Tensor, position: float) -> Tensor:
         """Turn all rows by one position, which the multiplier does not touch."""
-        cos, sin = self.rotary.angles(
-            torch.tensor([position]), x.device, torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
-        return self.rotary.apply(x, cos * self.scaling, sin * self.scaling)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (position, x.device, dtype)
+        known = self._constant if self._constant is not None and self._constant[0] == key else None
+        if known is None or torch.compiler.is_compiling():
+            cos, sin = self.rotary.angles(torch.tensor([position]), x.device, dtype)
+            known = (key, cos * self.scaling, sin * self.scaling)
+            if not torch.compiler.is_compiling():
+                self._constant = known
+        return self.rotary.apply(x, known[1], known[2])
 
 
 class DynamicTables:
