@@ -15,7 +15,7 @@ WORKERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench lab docs clean
+.PHONY: help demo test test-all test-oldest lint format bench lab docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +28,13 @@ test: $(VENV)/.dev  ## the tests that prove it, in a few minutes
 
 test-all: $(VENV)/.dev  ## every test
 	$(PYTEST)
+
+# The oldest transformers that pyproject.toml allows, in an environment of its own.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-oldest:  ## the same tests on the oldest supported transformers
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.dev
+	.venv-oldest/bin/python -m pip install --quiet "transformers==$(OLDEST)"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(VENV)/.dev  ## format check, lint, types
 	$(BIN)/ruff format --check .
