@@ -9,10 +9,12 @@ import torch
 import transformers
 
 from context.families import BY_NAME, COMMON, PLAIN_ROPE, TRAINED, in_pieces, tokens, widen
+from danlu.attention.key_norm import add_key_norm, remove_key_norm
 from danlu.context.extend import active_methods, extend, extended, restore
 from danlu.context.methods import (
     NTK,
     DynamicNTK,
+    KeyNorm,
     LeakyReRoPE,
     LogN,
     NTKMixed,
@@ -155,6 +157,25 @@ def test_what_is_not_supported_is_refused_with_its_name_and_the_reason(name):
 def test_sinks_under_the_host_s_own_window_are_refused():
     with pytest.raises(ValueError, match="MistralForCausalLM: its own sliding window drops them"):
         extend(BY_NAME["mistral-wide-window"].build(), Window(window=9, sinks=2))
+
+
+def test_key_norm_comes_and_goes_with_its_method_and_composes(model, wide):
+    ids = tokens()
+    plain = model(ids).logits
+    add_key_norm(model)
+    normed = model(ids).logits
+    with extended(model, ReRoPE(window=7)):
+        both = model(ids).logits
+    assert torch.equal(model(ids).logits, normed), "a key norm that extend did not add stays"
+    assert remove_key_norm(model) == model.config.num_hidden_layers
+    assert (normed - plain).abs().max() > 0.1
+    with extended(model, KeyNorm()):
+        assert torch.equal(model(ids).logits, normed)
+    with extended(model, ReRoPE(window=7), KeyNorm()):
+        torch.testing.assert_close(model(ids).logits, both, rtol=0, atol=1e-12)
+        torch.testing.assert_close(in_pieces(model, ids, [5] + [1] * (ids.shape[1] - 5)), both, rtol=0, atol=1e-10)
+    assert torch.equal(model(ids).logits, plain)
+    assert not hasattr(model.config, "danlu_key_norm")
 
 
 def test_what_is_no_host_model_is_refused():
