@@ -25,24 +25,23 @@ class Turner:
 
     def __init__(self, rotary: Rotary, multiplier: float = 1.0, scaling: float = 1.0):
         self.rotary, self.multiplier, self.scaling = rotary, multiplier, scaling
-        self._table: tuple[Tensor, Tensor] | None = None
-        self._constant: tuple[Any, Tensor, Tensor] | None = None
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}  # one per device: layers may live on several
+        self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def _angles(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = self.rotary.angles(positions.double() * self.multiplier, x.device, dtype)
+        cos, sin = self.rotary.angles(positions.double() * self.multiplier, x.device, _wide(x))
         return (cos, sin) if self.scaling == 1 else (cos * self.scaling, sin * self.scaling)
 
     def _slice(self, start: int, stop: int, x: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return self._angles(torch.arange(start, stop, device=x.device), x)
-        table = self._table
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if table is None or len(table[0]) < stop or table[0].device != x.device or table[0].dtype != wide:
+        key = (x.device, _wide(x))
+        table = self._tables.get(key)
+        if table is None or len(table[0]) < stop:
             size = _FIRST_TABLE
             while size < stop:
                 size *= 2
-            table = self._table = self._angles(torch.arange(size, device=x.device), x)
+            table = self._tables[key] = self._angles(torch.arange(size, device=x.device), x)
         return table[0][start:stop], table[1][start:stop]
 
     def turn(self, x: Tensor, start: int) -> Tensor:
@@ -55,15 +54,18 @@ class Turner:
 
     def turn_by(self, x: Tensor, position: float) -> Tensor:
         """Turn all rows by one position, which the multiplier does not touch."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (position, x.device, dtype)
-        known = self._constant if self._constant is not None and self._constant[0] == key else None
-        if known is None or torch.compiler.is_compiling():
-            cos, sin = self.rotary.angles(torch.tensor([position]), x.device, dtype)
-            known = (key, cos * self.scaling, sin * self.scaling)
+        key = (x.device, _wide(x), position)
+        known = None if torch.compiler.is_compiling() else self._constants.get(key)
+        if known is None:
+            cos, sin = self.rotary.angles(torch.tensor([position]), x.device, _wide(x))
+            known = (cos * self.scaling, sin * self.scaling)
             if not torch.compiler.is_compiling():
-                self._constant = known
-        return self.rotary.apply(x, known[1], known[2])
+                self._constants[key] = known
+        return self.rotary.apply(x, *known)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class DynamicTables:
