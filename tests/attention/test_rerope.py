@@ -322,7 +322,3 @@ def test_bad_shapes():
         piecewise_attention(q_near, k_near, q_far, k_far[:, :, 1:], v, window=4)
     with pytest.raises(ValueError, match="q_far and k_far must be given for window < Lk"):
         piecewise_attention(q_near, k_near, None, None, v, window=4)
-    with pytest.raises(ValueError, match="spans cannot be combined"):
-        piecewise_attention(
-            q_near, k_near, q_far, k_far, v, window=4, spans=[(0, 1)] * 2, bias=torch.ones(1, 1, 10, 10)
-        )

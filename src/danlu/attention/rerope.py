@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from danlu.kernels.flash import attend
 from danlu.kernels.regions import Part
+from danlu.kernels.spans import Spans, attend_by_span
 from danlu.positions.rotary import Rotary
-
-Spans = Sequence[tuple[int, int]]
 
 
 def rerope_attention(
@@ -54,6 +52,14 @@ def rerope_attention(
     check_stride(stride)
     if q.ndim != 4 or k.ndim != 4 or q.shape[2] > k.shape[2]:
         raise ValueError(f"q and k must be 4-D with Lq <= Lk, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if spans is not None:
+
+        def one(*row: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = rerope_attention(*row, rotary=rotary, window=window, stride=stride, scale=scale, return_lse=True)
+            return out, lse
+
+        out, lse = attend_by_span(one, q, k, v, spans)
+        return (out, lse) if return_lse else out
     n_queries, n_keys = q.shape[2], k.shape[2]
     reach = min(n_keys, n_queries + window - 1)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -72,9 +78,7 @@ def rerope_attention(
         k_far = rotary.rotate(k, slots / stride)
     if stride == 1 and window < n_keys:
         window, k_near = n_keys, rotary.rotate(k, torch.arange(n_keys, device=k.device))
-    return piecewise_attention(
-        q_near, k_near, q_far, k_far, v, window=window, scale=scale, spans=spans, return_lse=return_lse
-    )
+    return piecewise_attention(q_near, k_near, q_far, k_far, v, window=window, scale=scale, return_lse=return_lse)
 
 
 def piecewise_attention(
@@ -89,7 +93,6 @@ def piecewise_attention(
     softcap: float | None = None,
     bias: Tensor | None = None,
     q_slots: Tensor | None = None,
-    spans: Spans | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute causal attention with one rotation for distances below the window and another one from it on.
@@ -106,7 +109,6 @@ def piecewise_attention(
         bias: (batch or 1, heads or 1, Lq, Lk), bool (True: visible) or additive float. Where given, it alone says what
             is visible, causality included.
         q_slots: (batch, Lq) int64, slot of each query among the keys, where it is not Lk - Lq + row.
-        spans: (start, end) of the valid slots of each batch row; None: all. Not together with bias or q_slots.
         return_lse: also give the log-sum-exp of the scores.
 
     Returns:
@@ -114,7 +116,7 @@ def piecewise_attention(
         log-sum-exp -inf.
 
     Raises:
-        ValueError: window, spans or shapes out of range.
+        ValueError: window or shapes out of range.
 
     Source: Scientific Spaces archive 9708.
     """
@@ -127,12 +129,6 @@ def piecewise_attention(
         raise ValueError(f"k_near must hold the last {needed} to {n_keys} keys, got {k_near.shape[2]}")
     if k_far is not None and k_far.shape[2] != n_keys:
         raise ValueError(f"k_far must hold all {n_keys} keys of v, got {k_far.shape[2]}")
-    if spans is not None:
-        if bias is not None or q_slots is not None:
-            raise ValueError("spans cannot be combined with bias or q_slots: put the padding into bias")
-        tensors = [q_near, k_near, q_far, k_far, v]
-        out, lse = _by_span(tensors, spans, window=window, scale=scale, softcap=softcap)
-        return (out, lse) if return_lse else out
     nearest = None if bias is not None else 0
     if window >= n_keys:
         parts, queries, keys = [Part(nearest=nearest)], [q_near], [k_near]
@@ -190,47 +186,3 @@ def check_stride(stride: float) -> None:
     """Raise ValueError unless `stride` is greater than 0 (inf allowed)."""
     if not stride > 0:  # also catches nan
         raise ValueError(f"stride must be greater than 0 (inf for ReRoPE), got {stride}")
-
-
-def check_spans(spans: Spans, batch: int, n_keys: int) -> None:
-    """Raise ValueError unless there is one (start, end) with 0 <= start <= end <= Lk per batch row."""
-    if len(spans) != batch:
-        raise ValueError(f"spans must have one (start, end) per batch row, got {len(spans)} for a batch of {batch}")
-    for start, end in spans:
-        if not 0 <= start <= end <= n_keys:
-            raise ValueError(f"spans must satisfy 0 <= start <= end <= {n_keys}, got ({start}, {end})")
-
-
-def _by_span(
-    tensors: list[Tensor | None], spans: Spans, *, window: int, scale: float | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Attend row by row on the valid slots only, and put zeros where the padding is."""
-    q_near, _, _, _, v = tensors
-    assert q_near is not None and v is not None  # the caller's own arguments
-    n_queries, n_keys = q_near.shape[2], v.shape[2]
-    check_spans(spans, q_near.shape[0], n_keys)
-    shift = n_keys - n_queries
-    outs, lses = [], []
-    for b, (start, end) in enumerate(spans):
-        first, last = max(start, shift), max(end, shift)  # positions of the valid queries
-        if first >= last:
-            outs.append(v.new_zeros(1, q_near.shape[1], n_queries, v.shape[3]))
-            lses.append(torch.full_like(outs[-1][..., 0], -math.inf, dtype=_high(v)))
-            continue
-        cut = [None if x is None else _cut(x[b : b + 1], n_keys, start, last) for x in tensors]
-        cut[0], cut[2] = (None if x is None else _cut(x[b : b + 1], n_keys, first, last) for x in (q_near, tensors[2]))
-        result = piecewise_attention(*cut, window=window, scale=scale, softcap=softcap, return_lse=True)  # type: ignore[arg-type]
-        before, after = first - shift, n_keys - last
-        outs.append(torch.nn.functional.pad(result[0], (0, 0, before, after)))
-        lses.append(torch.nn.functional.pad(result[1], (before, after), value=-math.inf))
-    return torch.cat(outs), torch.cat(lses)
-
-
-def _cut(x: Tensor, n_keys: int, start: int, end: int) -> Tensor:
-    """Give slots [start, end) of a tensor that holds the last of `n_keys` slots."""
-    offset = n_keys - x.shape[2]
-    return x[:, :, max(start - offset, 0) : max(end - offset, 0)]
-
-
-def _high(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

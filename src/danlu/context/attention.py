@@ -8,7 +8,6 @@ which takes the dense route.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +29,7 @@ from danlu.context.methods import (
 from danlu.context.turning import DynamicTables, Turner
 from danlu.kernels.flash import attend
 from danlu.kernels.regions import Part
+from danlu.kernels.spans import attend_by_span
 
 NAME = "danlu"
 PLAN = "_danlu_plan"
@@ -135,34 +135,11 @@ def danlu_attention(
         layer = module.__dict__.get(LAYER)
         out, lse = _causal(plan, query, key, value, options, layer)
     else:
-        out, lse = _padded(plan, query, key, value, attention_mask, options)
+        runs = spans(attention_mask) or []
+        out, lse = attend_by_span(lambda q, k, v: _causal(plan, q, k, v, options), query, key, value, runs)
     if s_aux is not None:  # a sink is one more key without a value: it only takes its share of the weight
         out = out * torch.sigmoid(lse - s_aux.float().view(1, -1, 1))[..., None].to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _padded(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: dict
-) -> tuple[Tensor, Tensor]:
-    """Row by row on the valid slots, so that padding costs nothing and cannot leak."""
-    rows, lengths = spans(mask), (query.shape[2], key.shape[2])
-    offset = lengths[1] - lengths[0]
-    outs, lses = [], []
-    for row, (start, stop) in enumerate(rows or []):
-        low, high = max(start - offset, 0), max(stop - offset, 0)
-        part = slice(row, row + 1)
-        out = query.new_zeros(1, query.shape[1], lengths[0], value.shape[-1])
-        lse = torch.full(out.shape[:-1], -math.inf, device=out.device, dtype=torch.float32)
-        if high > low:
-            inner, inner_lse = _causal(
-                plan, query[part, :, low:high], key[part, :, start:stop], value[part, :, start:stop], options
-            )
-            pad = (low, lengths[0] - high)
-            out = nn.functional.pad(inner, (0, 0, *pad))
-            lse = nn.functional.pad(inner_lse, pad, value=-math.inf)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
 
 
 def _causal(
