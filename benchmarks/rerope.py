@@ -241,13 +241,13 @@ def main() -> None:
         return
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     runs = options.runs or (3 if options.quick else 7)
-    lengths = [2048, 4096] if options.quick else [8192, 16384]
+    lengths = [2048, 4096] if options.quick else [2048, 4096, 8192, 16384]
     sizes = [2**n for n in range(11, 14 if options.quick else 17)]
     sections = {
         # first, because a child process starts with its parent's peak
         "memory": ("Growth of the peak memory over the inputs, one head", lambda: memory(sizes)),
         "speed": ("Time", lambda: speed(lengths, runs, clock)),
-        "dense": ("Against the dense formulation", lambda: against_dense(lengths[0], 3, clock)),
+        "dense": ("Against the dense formulation", lambda: against_dense(min(lengths[-1], 8192), 3, clock)),
         "decode": (f"One decoding step, {lengths[-1]} keys", lambda: decode(lengths[-1], runs, clock)),
     }
     text = [
