@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from danlu.context.page import render, write_report
-from danlu.context.report import LengthReport, Measurement, NeedleScore, write_whole
+from danlu.context.report import LengthReport, Measurement, NeedleScore
 
 LOSSES = {
     ("plain", 32): (2.0, 2.2, 2.4),
@@ -110,13 +110,6 @@ def test_json_round_trip(tmp_path):
     assert "NaN" not in make_report().to_json()
     with pytest.raises(ValueError, match="format 1"):
         LengthReport.from_json(json.dumps({"format": 99}))
-
-
-def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
-    path = write_whole(tmp_path / "file", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\ud800")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_table_holds_every_stack_and_number():

@@ -14,7 +14,6 @@ from danlu.lab.claim import (
     Table,
     environment,
     verdict,
-    write_atomically,
 )
 
 
@@ -96,17 +95,3 @@ def test_tables_and_plots_refuse_ragged_numbers():
         Table("t", ("a", "b"), ((1.0,),))
     with pytest.raises(ValueError, match="3 points, got 2"):
         Plot("p", "x", "y", (1, 2, 3), {"line": (1.0, 2.0)})
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "file.json"
-    write_atomically(path, "old")
-
-    def refuse(self, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(path), "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]

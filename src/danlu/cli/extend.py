@@ -191,8 +191,8 @@ def _that_hold(lengths: list[int], needed: int, notes: list[str]) -> list[int]:
 
 def _save_config(report: LengthReport, stacks: Mapping[str, Any], config: Any, trained: int, folder: Path) -> str:
     """Write the host configuration of the best exportable method; returns the sentence that says so."""
-    from danlu.context.report import write_whole
     from danlu.context.stacks import resolve_stack
+    from danlu.files import write_whole
     from danlu.positions.export import export_config
 
     longest = report.lengths[-1]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from danlu.context import figures
 from danlu.context.memory import readable
-from danlu.context.report import LengthReport, write_whole
+from danlu.context.report import LengthReport
+from danlu.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from danlu.context.memory import readable
+from danlu.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,22 +232,6 @@ class LengthReport:
     def load(cls, path: str | Path) -> LengthReport:
         """Read what ``save`` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
-
-
-def write_whole(path: str | Path, content: str | bytes) -> Path:
-    """Write a file so that a reader sees the old content or the new one, never a part. Parent folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from danlu.lab.claim import VERDICTS, Record, write_atomically
+from danlu.files import write_whole
+from danlu.lab.claim import VERDICTS, Record
 from danlu.lab.runner import DIRECTORY, finished, write_results
 
 #: Verdict to the CSS class of its badge.
@@ -47,7 +48,7 @@ def draw(record: Record, directory: Path = DIRECTORY) -> Path | None:
     # A fixed Software entry keeps the file the same from run to run.
     figure.savefig(buffer, format="png", metadata={"Software": "danlu"})
     path = figure_path(record.name, directory)
-    write_atomically(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return path
 
 
@@ -79,7 +80,7 @@ def write_gallery(directory: Path = DIRECTORY) -> Path:
     """Write ``index.html`` and ``results.json`` from the finished records."""
     write_results(directory)
     path = directory / "index.html"
-    write_atomically(path, render(finished(directory), directory))
+    write_whole(path, render(finished(directory), directory))
     return path
 
 

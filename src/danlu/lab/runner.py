@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from danlu.lab.claim import Claim, Context, Evidence, Record, environment, write_atomically
+from danlu.files import write_whole
+from danlu.lab.claim import Claim, Context, Evidence, Record, environment
 
 logger = logging.getLogger("danlu.lab")
 
@@ -134,7 +135,7 @@ def run(
     from danlu.lab.gallery import draw
 
     draw(record, directory)
-    write_atomically(record_path(subject.name, directory), record.to_json())
+    write_whole(record_path(subject.name, directory), record.to_json())
     write_results(directory)
     return record
 
@@ -160,5 +161,5 @@ def write_results(directory: Path = DIRECTORY) -> Path:
         for record in finished(directory)
     ]
     path = directory / "results.json"
-    write_atomically(path, json.dumps({"claims": entries}, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps({"claims": entries}, indent=2, ensure_ascii=False) + "\n")
     return path

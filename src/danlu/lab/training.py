@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from danlu.files import replacing
 from danlu.lab.claim import Context
 
 logger = logging.getLogger("danlu.lab.training")
@@ -110,10 +111,8 @@ def trained(
         logger.debug("weights %s from the cache", key)
     else:
         fit(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_model(model, str(part))
-        part.replace(path)
+        with replacing(path) as part:
+            save_model(model, str(part))
     _MEMORY[key] = model.eval()
     return _MEMORY[key]
 
