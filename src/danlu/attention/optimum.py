@@ -77,6 +77,7 @@ def log_cosine_moment(a: Array, d: int) -> Array:
 
 @lru_cache(maxsize=256)
 def cosine_optimum(counts: tuple[float, ...], d: int) -> Array:
+    """The surrogate's maximiser for cosine scores in d dimensions, one for each number of candidates."""
     # log M enters as log M - a: the a's cancel in the ratio, and for small d the optimum is huge.
     return _maximise(
         lambda a: log_cosine_moment(2.0 * a, d) - 2.0 * log_cosine_moment(a, d), np.log(np.asarray(counts))

@@ -20,12 +20,7 @@ from danlu.attention.rerope import piecewise_attention
 from danlu.attention.scale import log_n_factor
 from danlu.attention.window import window_attention
 from danlu.context.cache import LAYER, TurnedKeysLayer
-from danlu.context.methods import (
-    LogN,
-    Method,
-    ReRoPE,
-    Window,
-)
+from danlu.context.methods import LogN, Method, ReRoPE, Window
 from danlu.context.turning import DynamicTables, Turner
 from danlu.kernels.flash import attend
 from danlu.kernels.regions import Part
@@ -87,6 +82,7 @@ def danlu_mask(
         mask = attention_mask[:, :kv_length].bool()
         runs = spans(mask) if mask.shape[1] == kv_length else None
         if runs is not None:
+            mask.danlu_spans = runs  # type: ignore[attr-defined]  # found once here, not once per layer
             return None if all(run == (0, kv_length) for run in runs) else mask
     kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(
@@ -135,7 +131,7 @@ def danlu_attention(
         layer = module.__dict__.get(LAYER)
         out, lse = _causal(plan, query, key, value, options, layer)
     else:
-        runs = spans(attention_mask) or []
+        runs = getattr(attention_mask, "danlu_spans", None) or spans(attention_mask) or []
         out, lse = attend_by_span(lambda q, k, v: _causal(plan, q, k, v, options), query, key, value, runs)
     if s_aux is not None:  # a sink is one more key without a value: it only takes its share of the weight
         out = out * torch.sigmoid(lse - s_aux.float().view(1, -1, 1))[..., None].to(out.dtype)

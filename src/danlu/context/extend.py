@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from danlu.attention.key_norm import add_key_norm, remove_key_norm
 from danlu.context import attention
 from danlu.context.cache import LAYER, keep_turned_keys
-from danlu.context.inspect import Layer, Site, host_model, probe, silence
+from danlu.context.inspect import Layer, Site, host_model, probe, rotary_argument, silence
 from danlu.context.inspect import trained_length as configured_length
 from danlu.context.methods import (
     DynamicPattern,
@@ -66,20 +66,19 @@ class _Divide:
         self.stride, self.layer_types = stride, layer_types
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if None not in self.layer_types:
-            layer_type = kwargs["layer_type"] if "layer_type" in kwargs else args[2]
-            if layer_type not in self.layer_types:
-                return args, kwargs
+        if None not in self.layer_types and rotary_argument("layer_type", args, kwargs) not in self.layer_types:
+            return args, kwargs
+        positions = rotary_argument("position_ids", args, kwargs) / self.stride
         if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] / self.stride}
-        return (args[0], args[1] / self.stride, *args[2:]), kwargs
+            return args, {**kwargs, "position_ids": positions}
+        return (args[0], positions, *args[2:]), kwargs
 
 
 class _RefuseGaps:
     """Forward pre-hook of a rotary module: late positions are counted in cache slots, so they must be consecutive."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = rotary_argument("position_ids", args, kwargs)
         if positions.is_floating_point():
             raise ValueError("position_ids must be whole numbers under this method; real ones need a frequency method")
         if torch.compiler.is_compiling() or positions.shape[-1] == 1:
@@ -225,7 +224,7 @@ def _apply(host: PreTrainedModel, state: _State, layers: list[Layer], length: in
     sites = list(dict.fromkeys(layer.site for layer in extended_layers if layer.site is not None))
     if isinstance(frequencies, FrequencyMethod):
         _rescale(state, sites, frequencies, length)
-        layers = probe(host)
+        layers = [layer.turning_by_its_site() for layer in layers]
         extended_layers = [layer for layer in layers if _is_extended(layer, length)]
     late = isinstance(pattern, (ReRoPE, DynamicPattern))
     if late:
@@ -248,7 +247,11 @@ def _apply(host: PreTrainedModel, state: _State, layers: list[Layer], length: in
 
 def _is_extended(layer: Layer, length: int) -> bool:
     """Layers with positions that look back beyond the trained length; a shorter window never sees a new distance."""
-    return layer.rotary is not None and (layer.sliding_window is None or layer.sliding_window > length)
+    return layer.rotary is not None and _sees_beyond(layer, length)
+
+
+def _sees_beyond(layer: Layer, length: int) -> bool:
+    return layer.sliding_window is None or layer.sliding_window > length
 
 
 def _rescale(state: _State, sites: list[Site], method: FrequencyMethod, length: int) -> None:
@@ -280,7 +283,7 @@ def _plan(
     tables: dict[Any, DynamicTables] = {}
     stride = pattern.stride if isinstance(pattern, ReRoPE) else math.inf
     for layer in layers:
-        is_full = layer.sliding_window is None or layer.sliding_window > length
+        is_full = _sees_beyond(layer, length)
         near = dynamic = None
         if layer.rotary is not None and layer.site in silenced:
             key = (layer.site, layer.rotary.layout, layer.rotary.start)

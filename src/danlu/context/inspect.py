@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,6 @@ class Site:
         setattr(self.module, self._name("inv_freq"), inv_freq.to(self.inv_freq))
         setattr(self.module, self._name("attention_scaling"), scaling)
 
-    def serves(self, layer_type: str | None) -> bool:
-        """Whether a call of the module for ``layer_type`` uses these frequencies."""
-        return self.layer_type is None or self.layer_type == layer_type
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -69,6 +65,12 @@ class Layer:
     site: Site | None
     rotary: Rotary | None
     sliding_window: int | None
+
+    def turning_by_its_site(self) -> Layer:
+        """The layer with the frequencies that its site has now, in the dims and layout that it was found to use."""
+        if self.site is None or self.rotary is None:
+            return self
+        return replace(self, rotary=Rotary(self.site.inv_freq, self.rotary.layout, self.rotary.start))
 
 
 def host_model(model: nn.Module) -> PreTrainedModel:
@@ -138,6 +140,11 @@ class Recorder:
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
+def rotary_argument(name: str, args: tuple, kwargs: dict) -> Any:
+    """An argument of a host rotary module's ``forward(x, position_ids, layer_type)``, however it was passed."""
+    return kwargs[name] if name in kwargs else args[("x", "position_ids", "layer_type").index(name)]
+
+
 class Silence:
     """Forward hook of a rotary module: no rotation, only the host's scaling of cos and sin."""
 
@@ -146,11 +153,9 @@ class Silence:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Replace (cos, sin) by (scaling, 0)."""
-        layer_type = None
-        if None not in self.scalings:
-            layer_type = kwargs["layer_type"] if "layer_type" in kwargs else args[2]
-            if layer_type not in self.scalings:
-                return output
+        layer_type = None if None in self.scalings else rotary_argument("layer_type", args, kwargs)
+        if layer_type not in self.scalings:
+            return output
         if not (isinstance(output, tuple) and len(output) == 2):
             raise ValueError(f"{type(module).__name__} does not return (cos, sin): its rotation cannot be moved")
         cos, sin = output
