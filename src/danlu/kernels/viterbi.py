@@ -1,0 +1,151 @@
+"""The best segmentation of bytes under a unigram model, in one pass of a compiled loop.
+
+A text falls into chunks: a line together with all the line feeds that follow it. Pieces do not cross chunks. Within a
+chunk the score of every prefix is pushed along the trie from each start, in float64, with the longest last piece
+winning a tie; only as many scores are held as the longest piece has bytes.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from danlu.kernels.trie import first, follow
+
+_NEWLINE = 10
+
+
+@numba.njit(cache=True, nogil=True)
+def chunk_end(data: np.ndarray, start: int, stop: int) -> int:
+    """End of the chunk that begins at ``start``: after its line feeds, or ``stop``."""
+    i = start
+    while i < stop and data[i] != _NEWLINE:
+        i += 1
+    while i < stop and data[i] == _NEWLINE:
+        i += 1
+    return i
+
+
+@numba.njit(cache=True, nogil=True)
+def _push(data, start, stop, units, ring, route, shift):
+    """Score all prefixes of one chunk; the last unit of the best path to position e goes to route[e - shift]."""
+    mask = ring.size - 1
+    for s in range(start, stop):
+        here = ring[s & mask]
+        ring[s & mask] = -np.inf
+        node, e = first(data, s), s
+        while node >= 0:
+            e += 1
+            score = here + units[node].score
+            if score > ring[e & mask]:
+                ring[e & mask] = score
+                route[e - shift] = node
+            node = follow(units, node, data, e, stop)
+
+
+@numba.njit(cache=True, nogil=True)
+def _collect(begin, end, write, piece, length, route):
+    """Follow the route back from ``end``; leaves the pieces in order at route[write:] and returns the new ``write``."""
+    # A piece has at least one byte, so what is written never overtakes what is still to be read.
+    free = end
+    at = end
+    while at > begin:
+        node = route[at]
+        at -= length[node]
+        route[free] = piece[node]
+        free -= 1
+    for k in range(free + 1, end + 1):
+        route[write] = route[k]
+        write += 1
+    return write
+
+
+@numba.njit(cache=True, nogil=True)
+def viterbi(data, begin, end, score, units, piece, length, ring, out):
+    """Segment ``data[begin:end]``.
+
+    Args:
+        data: bytes, (length,), uint8.
+        begin: first byte.
+        end: one past the last byte.
+        score: of the path up to the first byte; 0 but where a line has been begun before.
+        units: the trie, with piece and length of :func:`danlu.kernels.trie.build`.
+        piece: piece that ends at each unit.
+        length: its bytes.
+        ring: scratch of -inf, float64; its size is a power of two above the longest piece.
+        out: at least end - begin + 1 int32, receives the pieces from index 0.
+
+    Returns:
+        How many pieces were written.
+    """
+    mask = ring.size - 1
+    write = 0
+    start = begin
+    while start < end:
+        stop = chunk_end(data, start, end)
+        ring[start & mask] = score if start == begin else 0.0
+        _push(data, start, stop, units, ring, out, begin)
+        ring[stop & mask] = -np.inf
+        write = _collect(start - begin, stop - begin, write, piece, length, out)
+        start = stop
+    return write
+
+
+@numba.njit(cache=True, nogil=True)
+def viterbi_batch(data, offsets, first, last, units, piece, length, longest, out, counts):
+    """Segment the documents ``first..last - 1``; document i writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``."""
+    ring = empty_ring(longest)
+    for i in range(first, last):
+        counts[i] = viterbi(data, offsets[i], offsets[i + 1], 0.0, units, piece, length, ring, out[offsets[i] + i :])
+
+
+@numba.njit(cache=True, nogil=True)
+def empty_ring(longest: int) -> np.ndarray:
+    """Scratch for a longest piece of this many bytes."""
+    size = 2
+    while size <= longest:
+        size *= 2
+    return np.full(size, -np.inf)
+
+
+@numba.njit(cache=True, nogil=True)
+def viterbi_open(data, score, scores, units, piece, length, longest, out):
+    """Segment the settled part of a chunk whose end is not known yet.
+
+    Whatever follows, the best path leaves these bytes through one of the last ``longest`` positions. Where the best
+    paths to all of these meet, everything before is settled.
+
+    Args:
+        data: the bytes so far, all within one chunk, uint8.
+        score: score of the path up to the first byte.
+        scores: score of each piece.
+        units: the trie, with piece and length.
+        piece: piece that ends at each unit.
+        length: its bytes.
+        longest: bytes of the longest piece.
+        out: at least data.size + 1 int32, receives the settled pieces.
+
+    Returns:
+        Settled bytes, settled pieces, and the score up to there.
+    """
+    size = data.size
+    ring = empty_ring(longest)
+    ring[0] = score
+    _push(data, 0, size, units, ring, out, 0)
+    marked = np.zeros(size + 1, np.bool_)
+    earliest = max(0, size - longest)
+    marked[earliest:] = True
+    paths = size + 1 - earliest
+    at = size
+    while True:
+        if marked[at]:
+            if paths == 1:
+                break
+            before = at - length[out[at]]
+            paths -= marked[before]
+            marked[before] = True
+        at -= 1
+    count = _collect(0, at, 0, piece, length, out)
+    for k in range(count):
+        score += scores[out[k]]  # in the order of the path, so that the sum is the same to the last bit
+    return at, count, score
