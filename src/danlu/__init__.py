@@ -53,6 +53,13 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.positions.rotary import Rotary as Rotary
     from danlu.positions.rotary import inverse_frequencies as inverse_frequencies
     from danlu.positions.scaling import rope_inv_freq as rope_inv_freq
+    from danlu.tokens.bytepiece import BytePiece as BytePiece
+    from danlu.tokens.compare import compare_tokenizers as compare_tokenizers
+    from danlu.tokens.export import to_sentencepiece as to_sentencepiece
+    from danlu.tokens.export import to_tokenizers as to_tokenizers
+    from danlu.tokens.host import BytePieceTokenizer as BytePieceTokenizer
+    from danlu.tokens.trainer import BytePieceTrainer as BytePieceTrainer
+    from danlu.tokens.vocabulary import Vocabulary as Vocabulary
 
 #: module -> the public names it defines
 _HOMES = {
@@ -87,6 +94,12 @@ _HOMES = {
     "danlu.positions.randomised": ("RandomPositionCollator",),
     "danlu.positions.rotary": ("Rotary", "inverse_frequencies"),
     "danlu.positions.scaling": ("rope_inv_freq",),
+    "danlu.tokens.bytepiece": ("BytePiece",),
+    "danlu.tokens.compare": ("compare_tokenizers",),
+    "danlu.tokens.export": ("to_sentencepiece", "to_tokenizers"),
+    "danlu.tokens.host": ("BytePieceTokenizer",),
+    "danlu.tokens.trainer": ("BytePieceTrainer",),
+    "danlu.tokens.vocabulary": ("Vocabulary",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -12,7 +12,8 @@ from danlu.tokens.bytepiece import BytePiece
 from danlu.tokens.vocabulary import Vocabulary
 
 WORDS = {
-    b"the": 900, b" the": 4000, b" of": 2000, b"wat": 30, b"watch": 60, b"ching": 40, b"ing": 800, b"w": 300, b"atching": 25,
+    b"the": 900, b" the": 4000, b" of": 2000, b"wat": 30, b"watch": 60, b"ching": 40, b"ing": 800, b"w": 300,
+    b"atching": 25,
     b"th": 500, b"he": 700, b"in": 600, b"an": 500, b"\n": 900, b".\n": 300, b"\n\n": 100, b"  ": 200, b"    ": 400,
     "天".encode(): 50, "天气".encode(): 80, "é".encode(): 70, "né".encode(): 9, "中文".encode(): 30, b"\xe5\xa4": 4,
     b"\x80\x81": 3, b"aa": 90, b"aaa": 50, b"a": 300, b"ab": 60, b"abab": 20,

@@ -150,7 +150,7 @@ def test_many_samplers_are_not_kept(tokenizer):
         (lambda t: t.decode([4.5]), TypeError, "ids must be integers, got 4.5"),
         (lambda t: t.decode("ab"), TypeError, "ids must be integers, got 'a'"),
         (lambda t: t.decode([3 + 0xFF], errors="strict"), ValueError, "can't decode byte 0xff"),
-        (lambda t: BytePiece(t.vocabulary, normalization="NFKC"), ValueError, "normalization must be 'nfc' or None, got 'NFKC'"),
+        (lambda t: BytePiece(t.vocabulary, normalization="NFKC"), ValueError, "normalization must be 'nfc' or None"),
     ],
 )  # fmt: skip
 def test_bad_input(tokenizer, call, error, message):

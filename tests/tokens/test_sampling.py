@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from reference import unigram_dense as dense
 
 from danlu.kernels import lattice
 from danlu.kernels.viterbi import empty_ring
 from danlu.tokens.bytepiece import BytePiece
 from danlu.tokens.sampling import Sampler, random_states
 from danlu.tokens.vocabulary import Vocabulary
+from reference import unigram_dense as dense
 
 DRAWS = 20_000
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import unigram_dense as dense
 
 from danlu.tokens.unigram import Unigram, in_threads, starts_of
+from reference import unigram_dense as dense
 
 
 def _model(scores: dict[bytes, float]) -> tuple[Unigram, list[bytes], dict[bytes, float]]:
@@ -65,14 +65,15 @@ def test_batches_equal_single_texts_for_any_number_of_threads(threads):
 def test_threads_cover_every_document_once():
     for sizes in ([0] * 5, [10**6], [1, 10**6, 1, 1], [200_000] * 9):
         seen = []
-        in_threads(lambda first, last: seen.extend(range(first, last)), starts_of(np.array(sizes)), 4)
+        in_threads(lambda first, last, seen=seen: seen.extend(range(first, last)), starts_of(np.array(sizes)), 4)
         assert sorted(seen) == list(range(len(sizes)))
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.text("ab", min_size=1, max_size=40), st.text("ab\n", max_size=20))
 def test_settled_pieces_are_those_of_the_whole(begin, rest):
-    model, _, _ = _model({b"ab": -1.0, b"abab": -1.7, b"ba": -1.2, b"bb": -1.1, b"aab": -2.0})
+    # 0.1 + 0.2 is 0.3 or a little more, depending on what it is added to: ties fall as the score so far rounds.
+    model, _, _ = _model({b"ab": -0.3, b"a": -0.1, b"b": -0.2, b"ba": -0.3, b"bb": -0.4, b"aab": -0.4})
     size, settled, score = model.segment_open(np.frombuffer(begin.encode(), np.uint8), 0.0)
     whole = model.segment(np.frombuffer((begin + rest).encode(), np.uint8))
     tail = model.segment(np.frombuffer((begin[size:] + rest).encode(), np.uint8), score)

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from danlu.cli.errors import is_user_error, one_sentence
 
 #: Subcommands and where their Typer applications live.
-COMMANDS = {"extend": "danlu.cli.extend:app", "lab": "danlu.cli.lab:app"}
+COMMANDS = {"extend": "danlu.cli.extend:app", "lab": "danlu.cli.lab:app", "tokenizer": "danlu.cli.tokenizer:app"}
 
 
 class LazyGroup(TyperGroup):

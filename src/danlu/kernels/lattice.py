@@ -2,8 +2,8 @@
 
 A segmentation w of a chunk has probability exp(alpha s(w)) / Z, with s(w) the sum of its pieces' scores. Chunks are
 drawn independently, since no piece crosses them. The sampler that serves encoding works on weights themselves, rescaled
-whenever they leave a comfortable range: no logarithm per byte, and relative errors that do not grow with the length. The
-log-domain sampler is the published form and serves every alpha.
+whenever they leave a comfortable range: no logarithm per byte, and relative errors that do not grow with the length.
+The log-domain sampler is the published form and serves every alpha.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from danlu.kernels.trie import first, follow
-from danlu.kernels.viterbi import _collect, chunk_end, empty_ring
+from danlu.kernels.viterbi import chunk_end, collect, empty_ring
 
 _SMALL, _LARGE = 1e-100, 1e100
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -83,7 +83,7 @@ def sample(data, begin, end, units, piece, length, ring, state, out):
                 node = follow(units, node, data, e, stop)
         log_total += math.log(ring[stop & mask])
         ring[stop & mask] = 0.0
-        write = _collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, piece, length, out)
         start = stop
     return write, log_total
 
@@ -124,7 +124,7 @@ def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
                 node = follow(units, node, data, e, stop)
         log_total += ring[stop & mask]
         ring[stop & mask] = -np.inf
-        write = _collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, piece, length, out)
         start = stop
     return write, log_total
 
@@ -133,8 +133,9 @@ def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
 def backward(data, units, alpha, longest, steps):
     """Log weights of all segmentations of every suffix of one chunk, as steps from each to the next.
 
-    With B[s] the log weight of the suffix from s, ``steps[s]`` becomes B[s] - B[s + 1]. Steps stay small however long the
-    chunk is, so that probabilities, which depend on differences of nearby B only, keep the full precision everywhere.
+    With B[s] the log weight of the suffix from s, ``steps[s]`` becomes B[s] - B[s + 1]. Steps stay small however long
+    the chunk is, so that probabilities, which depend on differences of nearby B only, keep the full precision
+    everywhere.
 
     Args:
         data: the chunk, (length,), uint8.

@@ -27,7 +27,7 @@ def chunk_end(data: np.ndarray, start: int, stop: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _push(data, start, stop, units, ring, route, shift):
+def push(data, start, stop, units, ring, route, shift):
     """Score all prefixes of one chunk; the last unit of the best path to position e goes to route[e - shift]."""
     mask = ring.size - 1
     for s in range(start, stop):
@@ -44,7 +44,7 @@ def _push(data, start, stop, units, ring, route, shift):
 
 
 @numba.njit(cache=True, nogil=True)
-def _collect(begin, end, write, piece, length, route):
+def collect(begin, end, write, piece, length, route):
     """Follow the route back from ``end``; leaves the pieces in order at route[write:] and returns the new ``write``."""
     # A piece has at least one byte, so what is written never overtakes what is still to be read.
     free = end
@@ -84,9 +84,9 @@ def viterbi(data, begin, end, score, units, piece, length, ring, out):
     while start < end:
         stop = chunk_end(data, start, end)
         ring[start & mask] = score if start == begin else 0.0
-        _push(data, start, stop, units, ring, out, begin)
+        push(data, start, stop, units, ring, out, begin)
         ring[stop & mask] = -np.inf
-        write = _collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, piece, length, out)
         start = stop
     return write
 
@@ -131,7 +131,7 @@ def viterbi_open(data, score, scores, units, piece, length, longest, out):
     size = data.size
     ring = empty_ring(longest)
     ring[0] = score
-    _push(data, 0, size, units, ring, out, 0)
+    push(data, 0, size, units, ring, out, 0)
     marked = np.zeros(size + 1, np.bool_)
     earliest = max(0, size - longest)
     marked[earliest:] = True
@@ -145,7 +145,7 @@ def viterbi_open(data, score, scores, units, piece, length, longest, out):
             paths -= marked[before]
             marked[before] = True
         at -= 1
-    count = _collect(0, at, 0, piece, length, out)
+    count = collect(0, at, 0, piece, length, out)
     for k in range(count):
         score += scores[out[k]]  # in the order of the path, so that the sum is the same to the last bit
     return at, count, score

