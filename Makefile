@@ -45,10 +45,10 @@ format: $(VENV)/.dev  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.runtime  ## cost claims: ours, the peer's, the ratio
+bench: $(VENV)/.peers  ## cost claims: ours, the peer's, the ratio
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-lab: $(VENV)/.runtime  ## re-run every method's claim; gallery in build/lab
+lab: $(VENV)/.peers  ## re-run every method's claim; gallery in build/lab
 	$(BIN)/danlu lab run --out build/lab
 
 docs: $(VENV)/.docs  ## the site, in build/docs
@@ -73,6 +73,12 @@ $(VENV)/.runtime: $(VENV)/.torch $(SETUP)
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# Peers of the claims and benchmarks; one of them comes as source, which setuptools builds.
+$(VENV)/.peers: $(VENV)/.runtime
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
+	$(INSTALL) --editable '.[lab,bench]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime

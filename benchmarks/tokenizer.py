@@ -5,7 +5,7 @@ tokenizers library get an export, the published bytepiece package the published 
 of the same size from the same text. Peers that are not installed are left out: pip install 'danlu[bench]'; the
 published package needs a build of its own.
 
-    python benchmarks/tokenizer.py [--megabytes 2] [--repeats 7] [--vocab-size 40000]
+    python benchmarks/tokenizer.py [--megabytes 2] [--repeats 7] [--vocab-size 40000 | --model published.model]
 """
 
 from __future__ import annotations
@@ -180,9 +180,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--vocab-size", type=int, default=40_000)
+    parser.add_argument("--model", type=Path, default=None, help="a vocabulary to use instead of training one")
     options = parser.parse_args()
     corpus = [path.read_text(encoding="utf-8", errors="replace") for path in training_files()]
-    tokenizer = BytePiece.train(corpus, options.vocab_size)
+    if options.model is None:
+        tokenizer = BytePiece.train(corpus, options.vocab_size)
+    else:
+        tokenizer = BytePiece.from_file(options.model)
     lines = texts(options.megabytes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.kernels.trie import build, first, follow
+from danlu.kernels.trie import HALF, LOW, build, first, follow
 
 
 def _trie(pieces: list[bytes]):
@@ -15,12 +15,12 @@ def _trie(pieces: list[bytes]):
     return pieces, scores, *build(data, offsets, scores)
 
 
-def _walk(units, data: bytes) -> int:
+def _walk(links, data: bytes) -> int:
     array = np.frombuffer(data, np.uint8)
     unit = first(array, 0)
     for at in range(1, len(data)):
         if unit >= 0:
-            unit = follow(units, unit, array, at, len(data))
+            unit = follow(links, unit, array, at, len(data))
     return unit
 
 
@@ -29,40 +29,40 @@ def _walk(units, data: bytes) -> int:
     st.lists(st.binary(min_size=1, max_size=6), max_size=80), st.lists(st.binary(min_size=1, max_size=7), max_size=20)
 )
 def test_the_trie_holds_the_pieces_and_nothing_else(words, others):
-    pieces, scores, units, piece, length = _trie(words)
+    pieces, scores, links, unit_scores, piece, length = _trie(words)
     for i, word in enumerate(pieces):
-        unit = _walk(units, word)
-        assert (piece[unit], length[unit], units[unit]["score"]) == (i, len(word), scores[i])
+        unit = _walk(links, word)
+        assert (piece[unit], length[unit], unit_scores[unit]) == (i, len(word), scores[i])
     prefixes = {word[:end] for word in pieces for end in range(1, len(word) + 1)}
     for other in others:
-        unit = _walk(units, other)
+        unit = _walk(links, other)
         assert (unit >= 0) == (other in prefixes)
         if unit >= 0 and other not in pieces:
-            assert piece[unit] == -1 and length[unit] == 0 and units[unit]["score"] == -np.inf
+            assert piece[unit] == -1 and length[unit] == 0 and unit_scores[unit] == -np.inf
 
 
 def test_many_pieces_with_many_children():
     rng = np.random.default_rng(0)
     words = [rng.bytes(n) for n in (2, 3, 4, 9) for _ in range(5000)]
     words += [bytes([a, b]) for a in range(60) for b in range(256)]
-    pieces, _, units, piece, length = _trie(words)
+    pieces, _, links, _, piece, length = _trie(words)
     assert sorted(piece[piece >= 0].tolist()) == list(range(len(pieces)))
     for i in rng.permutation(len(pieces))[:3000].tolist():
-        unit = _walk(units, pieces[i])
+        unit = _walk(links, pieces[i])
         assert piece[unit] == i and length[unit] == len(pieces[i])
     # The array is dense: no more than three units for each that is used.
-    assert units.size < 3 * (units["check"] >= 0).sum()
+    assert links.size < 3 * (links >> HALF != LOW).sum()
 
 
 def test_nothing_follows_the_end():
-    _, _, units, _, _ = _trie([b"ab"])
+    _, _, links, *_ = _trie([b"ab"])
     data = np.frombuffer(b"ab", np.uint8)
-    assert follow(units, first(data, 0), data, 1, 1) == -1
-    assert follow(units, first(data, 0), data, 1, 2) >= 0
+    assert follow(links, first(data, 0), data, 1, 1) == -1
+    assert follow(links, first(data, 0), data, 1, 2) >= 0
 
 
 @pytest.mark.parametrize("size", [1, 36, 255, 256, 1000])
 def test_long_pieces(size):
-    pieces, _, units, piece, length = _trie([b"x" * size, b"x" * (size - 1) + b"y"])
-    assert length[_walk(units, b"x" * size)] == size
-    assert piece[_walk(units, b"x" * size)] == pieces.index(b"x" * size)
+    pieces, _, links, _, piece, length = _trie([b"x" * size, b"x" * (size - 1) + b"y"])
+    assert length[_walk(links, b"x" * size)] == size
+    assert piece[_walk(links, b"x" * size)] == pieces.index(b"x" * size)

@@ -475,3 +475,16 @@ def test_published_models_are_the_same_in_both(published, tmp_path):
         ours = BytePieceTokenizer.from_pretrained(path)
         ours.save_pretrained(tmp_path / path.stem)
         _assert_same((ours, AutoTokenizer.from_pretrained(tmp_path / path.stem)), [text, text[7:]], **RICH)
+
+
+def test_a_piece_that_is_written_like_a_reserved_token(tmp_path):
+    counts = {**{bytes([i]): 2 for i in range(256)}, b"<pad>": 500, b"<bos>": 80, b"the": 90}
+    made = BytePiece(Vocabulary.sorted(counts.items()))
+    hosted = made.to_transformers()
+    assert (hosted.pad_token, hosted.bos_token, hosted.eos_token) == ("<|pad|>", "<|bos|>", "<eos>")
+    assert (hosted.pad_token_id, hosted.bos_token_id, hosted.eos_token_id) == (0, 1, 2)
+    text = "the <pad> and <bos>the"
+    hosted.save_pretrained(tmp_path)
+    for tokenizer in (hosted, AutoTokenizer.from_pretrained(tmp_path), BytePieceTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer(text)["input_ids"] == made.encode(text)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -103,7 +103,7 @@ def test_many_pairs_make_the_table_grow():
     counts = np.zeros(len(made), np.int64)
     keys, tallies = usage.count_usage(
         data, np.array([data.size]), *rules(False),
-        model.units, model.unit_pieces, model.unit_lengths, model.longest, counts, True,
+        model.links, model.unit_scores, model.unit_pieces, model.unit_lengths, model.longest, counts, True,
     )  # fmt: skip
     assert len(set(keys.tolist())) == keys.size > 60_000
     # Every piece but the last of a chunk begins a pair.
@@ -117,7 +117,7 @@ def test_parts_without_equals_the_best_of_all_other_segmentations():
     model = Unigram(made.pieces, made.scores)
     parts = np.zeros(len(made), np.int64)
     data = np.frombuffer(b"".join(made.pieces), np.uint8)
-    usage.parts_without(data, starts_of(model.lengths), model.units, parts)
+    usage.parts_without(data, starts_of(model.lengths), model.links, model.unit_scores, parts)
     scores = dict(zip(made.pieces, made.scores.tolist(), strict=True))
     for piece, count in zip(made.pieces, parts.tolist(), strict=True):
         if len(piece) == 1:

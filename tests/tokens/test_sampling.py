@@ -134,8 +134,10 @@ def test_forward_and_backward_agree(tokenizer):
     expected = tokenizer.segmentations(text, alpha).log_partition
     assert Sampler(engine, alpha).segment(data, random_states(0, 1))[1] == pytest.approx(expected, rel=1e-12)
     out = np.empty(data.size + 1, np.int32)
-    place = (engine.unit_pieces, engine.unit_lengths, empty_ring(engine.longest), random_states(0, 1), out)
-    assert lattice.sample_log(data, 0, data.size, engine.units, alpha, *place)[1] == pytest.approx(expected, rel=1e-12)
+    trie, place = (engine.links, engine.unit_scores), (engine.unit_pieces, engine.unit_lengths)
+    scratch = (empty_ring(engine.longest), random_states(0, 1), out)
+    _, total = lattice.sample_log(data, 0, data.size, *trie, alpha, *place, *scratch)
+    assert total == pytest.approx(expected, rel=1e-12)
 
 
 def test_log_partition_of_a_million_letters_has_a_closed_form(watching):

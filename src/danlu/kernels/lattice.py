@@ -33,7 +33,7 @@ def uniform(state: np.ndarray) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def sample(data, begin, end, units, piece, length, ring, state, out):
+def sample(data, begin, end, links, weights, piece, length, ring, state, out):
     """Draw a segmentation of ``data[begin:end]`` by Viterbi sampling on weights.
 
     A newcomer at a position replaces the piece kept there with the share that its weight has of all that arrived so
@@ -43,8 +43,9 @@ def sample(data, begin, end, units, piece, length, ring, state, out):
         data: bytes, (length,), uint8.
         begin: first byte.
         end: one past the last byte.
-        units: the trie with exp(alpha * score) in place of the scores, 0 where no piece ends; at least 1e-87 elsewhere.
-        piece: piece that ends at each unit.
+        links: of the trie's units.
+        weights: exp(alpha * score) of the piece that ends at each unit, at least 1e-87; 0 where none does.
+        piece: that piece.
         length: its bytes.
         ring: scratch of zeros, float64; its size is a power of two above the longest piece.
         state: of the random numbers, (1,), uint64.
@@ -71,16 +72,15 @@ def sample(data, begin, end, units, piece, length, ring, state, out):
             node, e = first(data, s), s
             while node >= 0:
                 e += 1
-                score = units[node].score
-                if score > 0.0:
-                    weight = here * score
+                if weights[node] > 0.0:
+                    weight = here * weights[node]
                     total = ring[e & mask] + weight
                     ring[e & mask] = total
                     if (
                         uniform(state) * total <= weight
                     ):  # always true for the first, since a uniform number is at most 1
                         out[e - begin] = node
-                node = follow(units, node, data, e, stop)
+                node = follow(links, node, data, e, stop)
         log_total += math.log(ring[stop & mask])
         ring[stop & mask] = 0.0
         write = collect(start - begin, stop - begin, write, piece, length, out)
@@ -89,10 +89,10 @@ def sample(data, begin, end, units, piece, length, ring, state, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
+def sample_log(data, begin, end, links, scores, alpha, piece, length, ring, state, out):
     """Draw a segmentation by Viterbi sampling in the log domain, for any alpha >= 0.
 
-    Args and returns as for :func:`sample`, but ``units`` holds scores and ``ring`` is a scratch of -inf.
+    Args and returns as for :func:`sample`, but with scores in place of weights, and ``ring`` is a scratch of -inf.
     """
     mask = ring.size - 1
     write = 0
@@ -107,7 +107,7 @@ def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
             node, e = first(data, s), s
             while node >= 0:
                 e += 1
-                score = units[node].score
+                score = scores[node]
                 if score > -np.inf:
                     value = here + alpha * score
                     gap = value - ring[e & mask]  # +inf for the first, which is then taken
@@ -121,7 +121,7 @@ def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
                         ring[e & mask] += math.log1p(x)
                     if uniform(state) <= share:
                         out[e - begin] = node
-                node = follow(units, node, data, e, stop)
+                node = follow(links, node, data, e, stop)
         log_total += ring[stop & mask]
         ring[stop & mask] = -np.inf
         write = collect(start - begin, stop - begin, write, piece, length, out)
@@ -130,7 +130,7 @@ def sample_log(data, begin, end, units, alpha, piece, length, ring, state, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def backward(data, units, alpha, longest, steps):
+def backward(data, links, scores, alpha, longest, steps):
     """Log weights of all segmentations of every suffix of one chunk, as steps from each to the next.
 
     With B[s] the log weight of the suffix from s, ``steps[s]`` becomes B[s] - B[s + 1]. Steps stay small however long
@@ -139,7 +139,8 @@ def backward(data, units, alpha, longest, steps):
 
     Args:
         data: the chunk, (length,), uint8.
-        units: the trie with scores.
+        links: of the trie's units.
+        scores: score of the piece that ends at each unit, or -inf.
         alpha: inverse temperature.
         longest: bytes of the longest piece.
         steps: (length,), float64, receives the steps; their sum is log Z.
@@ -153,12 +154,12 @@ def backward(data, units, alpha, longest, steps):
         node, e = first(data, s), s
         while node >= 0:
             e += 1
-            score = units[node].score
+            score = scores[node]
             if score > -np.inf:
                 value = ahead[e & mask] + alpha * score
                 high, low = max(value, total), min(value, total)
                 total = high + math.log1p(math.exp(low - high))
-            node = follow(units, node, data, e, size)
+            node = follow(links, node, data, e, size)
         steps[s] = total
         for k in range(ahead.size):
             ahead[k] -= total
@@ -166,7 +167,7 @@ def backward(data, units, alpha, longest, steps):
 
 
 @numba.njit(cache=True, nogil=True)
-def draw(data, units, piece, alpha, steps, state, out):
+def draw(data, links, scores, piece, alpha, steps, state, out):
     """Draw one segmentation of a chunk from front to back, by the suffix weights of :func:`backward`.
 
     ``steps``: (length,), float64; ``out``: at least (length,), int32. Returns how many pieces were written.
@@ -183,26 +184,27 @@ def draw(data, units, piece, alpha, steps, state, out):
         while node >= 0 and left > 0:
             change -= steps[e]
             e += 1
-            score = units[node].score
+            score = scores[node]
             if score > -np.inf:
                 at = e
                 out[count] = piece[node]
                 left -= math.exp(alpha * score + change)
-            node = follow(units, node, data, e, size)
+            node = follow(links, node, data, e, size)
         s = at
         count += 1
     return count
 
 
 @numba.njit(cache=True, nogil=True)
-def marginals(data, units, alpha, steps, out):
+def marginals(data, links, scores, alpha, steps, out):
     """Probability that a piece begins at each place of a chunk; returns the entropy of the segmentations, in nats.
 
     The entropy is a sum over places: how likely a piece begins there, times the entropy of which piece it is.
 
     Args:
         data: the chunk, (length,), uint8.
-        units: the trie with scores.
+        links: of the trie's units.
+        scores: score of the piece that ends at each unit, or -inf.
         alpha: inverse temperature.
         steps: of :func:`backward`.
         out: (length + 1,), float64, receives the probabilities; the last is that of an end, 1.
@@ -217,25 +219,28 @@ def marginals(data, units, alpha, steps, out):
         while node >= 0:
             change -= steps[e]
             e += 1
-            score = units[node].score
+            score = scores[node]
             if score > -np.inf:
                 value = alpha * score + change
                 share = out[s] * math.exp(value)
                 out[e] += share
                 entropy -= share * value
-            node = follow(units, node, data, e, size)
+            node = follow(links, node, data, e, size)
     return entropy
 
 
 @numba.njit(cache=True, nogil=True)
-def sample_batch(data, offsets, first_document, last_document, units, piece, length, longest, states, out, counts):
+def sample_batch(
+    data, offsets, first_document, last_document, links, weights, piece, length, longest, states, out, counts
+):
     """Draw documents ``first_document..last_document - 1``; document i has random numbers of its own, ``states[i]``.
 
-    It writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``. ``units`` are as for :func:`sample`.
+    It writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``. ``weights`` are as for :func:`sample`.
     """
     ring = empty_ring(longest)
     ring[:] = 0.0
     for i in range(first_document, last_document):
         counts[i], _ = sample(
-            data, offsets[i], offsets[i + 1], units, piece, length, ring, states[i : i + 1], out[offsets[i] + i :]
-        )
+            data, offsets[i], offsets[i + 1], links, weights, piece, length, ring, states[i : i + 1],
+            out[offsets[i] + i :],
+        )  # fmt: skip

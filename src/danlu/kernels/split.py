@@ -9,7 +9,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from danlu.kernels.trie import LOW, child
 from danlu.kernels.trie import first as first_unit
+
+#: A base of TAIL | p says that the rest of piece p must follow.
+TAIL = np.uint64(1 << 31)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -35,7 +39,7 @@ def distinct_lengths(data, offsets):
 
 
 @numba.njit(cache=True, nogil=True)
-def count_parts(data, starts, lengths, weights, first, last, units, piece, pieces, offsets, counts):
+def count_parts(data, starts, lengths, weights, first, last, links, scores, piece, pieces, offsets, counts):
     """Split the texts ``first..last - 1`` as probably as possible, and add the weight of each to every part it has.
 
     Of equal segmentations the one whose last piece is longer wins, at every prefix.
@@ -47,8 +51,9 @@ def count_parts(data, starts, lengths, weights, first, last, units, piece, piece
         weights: int64.
         first: first text.
         last: one past the last.
-        units: trie of the beginnings of pieces; a base of -1 - p says that the rest of piece p must follow.
-        piece: piece whose beginning ends at each unit.
+        links: of the units of the trie of the beginnings of pieces; bases with ``TAIL`` have no children.
+        scores: score of the piece whose beginning ends at each unit.
+        piece: that piece.
         pieces: the whole pieces one after another, uint8.
         offsets: where each begins, and the end, int64.
         counts: (pieces,), int64, is added to.
@@ -56,21 +61,22 @@ def count_parts(data, starts, lengths, weights, first, last, units, piece, piece
     room = np.int64(1)
     for i in range(first, last):
         room = max(room, lengths[i] + 1)
-    scores = np.full(room, -np.inf)
+    best = np.full(room, -np.inf)
     route = np.empty(room, np.int32)
     for i in range(first, last):
         start, size = starts[i], lengths[i]
         stop = start + size
-        scores[0] = 0.0
+        best[0] = 0.0
         for s in range(start, stop):
-            here = scores[s - start]
-            scores[s - start] = -np.inf
+            here = best[s - start]
+            best[s - start] = -np.inf
             # Earlier beginnings come first, so a tie leaves the longer last piece in place.
-            unit, e = first_unit(data, s), s + 1
+            unit, e = np.uint64(first_unit(data, s)), s + 1
             while True:
-                base = np.int64(units[unit].base)
-                if base < 0:
-                    at, end = offsets[-1 - base] + (e - s), offsets[-base]
+                base = links[unit] & LOW
+                if base >= TAIL:
+                    p = np.int64(base ^ TAIL)
+                    at, end = offsets[p] + (e - s), offsets[p + 1]
                     if end - at > stop - e:
                         break
                     while at < end and pieces[at] == data[e]:
@@ -78,17 +84,16 @@ def count_parts(data, starts, lengths, weights, first, last, units, piece, piece
                         e += 1
                     if at < end:
                         break
-                score = here + units[unit].score
-                if score > scores[e - start]:
-                    scores[e - start], route[e - start] = score, unit
-                if base < 0 or e == stop:
+                score = here + scores[unit]
+                if score > best[e - start]:
+                    best[e - start], route[e - start] = score, unit
+                if base >= TAIL or e == stop:
                     break
-                child = base ^ np.int64(data[e])
-                if units[child].check != unit:
+                unit = child(links, unit, data[e])
+                if unit == 0:
                     break
-                unit = child
                 e += 1
-        scores[size] = -np.inf
+        best[size] = -np.inf
         while size > 0:
             p = piece[route[size]]
             counts[p] += weights[i]

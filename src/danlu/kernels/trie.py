@@ -1,8 +1,9 @@
 """A double-array trie over bytes, built and read by compiled loops.
 
-One unit is sixteen bytes, so that a step of a walk touches one cache line: where the children are, whose child this
-unit is, and the score of the piece that ends here (minus infinity where none does). The child of a unit by a byte is
-``base ^ byte``, which keeps all children of a unit within one block of 256 units.
+The links of a unit are one 64-bit number, so that a step of a walk reads one: in the low half its base, which says
+where the children are, in the high half its check, which says whose child it is; a unit that is not in use has a check
+that no unit has as its number. The child of a unit by a byte is ``base ^ byte``, which keeps all children of a unit
+within one block of 256 units. The scores of the pieces that end at the units are an array of their own.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-UNIT = np.dtype([("base", np.int32), ("check", np.int32), ("score", np.float64)])
 #: Every byte is a piece, so the children of the root fill the second block and need no check.
 ROOT = 256
 _BLOCK = 256
+#: What splits links into base and check.
+HALF, LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 #: A block that refused this many nodes is not asked again.
 _PATIENCE = 24
 
 
 @numba.njit(cache=True, nogil=True)
-def build(data: np.ndarray, offsets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def build(
+    data: np.ndarray, offsets: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Build the trie of sorted distinct pieces, among them all 256 bytes.
 
     Args:
@@ -28,7 +32,8 @@ def build(data: np.ndarray, offsets: np.ndarray, scores: np.ndarray) -> tuple[np
         scores: one per piece, (pieces,), float64.
 
     Returns:
-        Units of type ``UNIT``; the piece that ends at each unit, or -1; its length, or 0. (units,), int32 each.
+        The links of each unit, (units,), uint64; the score of the piece that ends there, or -inf, (units,), float64;
+        that piece, or -1, and its length, or 0, (units,), int32 each.
     """
     pieces = offsets.size - 1
     capacity = max(4 * _BLOCK, 1 << int(np.ceil(np.log2(2.0 * data.size + 2 * _BLOCK))))
@@ -99,10 +104,10 @@ def build(data: np.ndarray, offsets: np.ndarray, scores: np.ndarray) -> tuple[np
             node_of[tail], low_of[tail], high_of[tail], depth_of[tail] = child, starts[k], starts[k + 1], depth + 1
             tail += 1
     size = (last + 1) * _BLOCK
-    units = np.empty(size, UNIT)
+    links = np.empty(size, np.uint64)
     for i in range(size):
-        units[i].base, units[i].check, units[i].score = base[i], check[i], score[i]
-    return units, piece[:size].copy(), length[:size].copy()
+        links[i] = np.uint64(check[i]) << HALF | np.uint64(base[i])  # a check of -1 becomes 32 ones
+    return links, score[:size].copy(), piece[:size].copy(), length[:size].copy()
 
 
 @numba.njit(cache=True, nogil=True)
@@ -131,15 +136,22 @@ def _fit(check: np.ndarray, block: int, labels: np.ndarray, count: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
+def child(links: np.ndarray, unit: np.uint64, byte: int) -> np.uint64:
+    """The unit after ``unit`` by a byte, or 0 where no piece goes on like this."""
+    found = (links[unit] & LOW) ^ np.uint64(byte)
+    return found if links[found] >> HALF == unit else np.uint64(0)
+
+
+@numba.njit(cache=True, nogil=True)
 def first(data: np.ndarray, at: int) -> int:
     """The unit of the one-byte piece ``data[at]``."""
     return ROOT + int(data[at])
 
 
 @numba.njit(cache=True, nogil=True)
-def follow(units: np.ndarray, unit: int, data: np.ndarray, at: int, stop: int) -> int:
+def follow(links: np.ndarray, unit: int, data: np.ndarray, at: int, stop: int) -> int:
     """The unit after ``unit`` by byte ``data[at]``, or -1 where no piece goes on like this or ``at`` is ``stop``."""
     if at == stop:
         return -1
-    child = int(units[unit].base) ^ int(data[at])
-    return child if units[child].check == unit else -1
+    found = child(links, np.uint64(unit), data[np.uint64(at)])
+    return int(np.int64(found)) if found > 0 else -1

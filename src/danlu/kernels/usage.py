@@ -8,12 +8,12 @@ import numpy as np
 from danlu.kernels.ngrams import slot_of, training_chunk_end
 from danlu.kernels.trie import first as first_unit
 from danlu.kernels.trie import follow
-from danlu.kernels.viterbi import collect, empty_ring, push
+from danlu.kernels.viterbi import AHEAD, collect, empty_ring, push
 
 
 @numba.njit(cache=True, nogil=True)
 def count_usage(
-    data, ends, characters, newlines, isolate_digits, digits, units, piece, length, longest, counts, with_pairs
+    data, ends, characters, newlines, isolate_digits, digits, links, scores, piece, length, longest, counts, with_pairs
 ):  # fmt: skip
     """Segment texts chunk by chunk and count.
 
@@ -24,8 +24,9 @@ def count_usage(
         newlines: most line feeds of a chunk.
         isolate_digits: whether digits are chunks.
         digits: flag per code point.
-        units: the trie, with piece and length of :func:`danlu.kernels.trie.build`.
-        piece: piece that ends at each unit.
+        links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
+        scores: score of the piece that ends at each unit.
+        piece: that piece.
         length: its bytes.
         longest: bytes of the longest piece.
         counts: (pieces,), int64, is added to.
@@ -34,7 +35,7 @@ def count_usage(
     Returns:
         Pairs as first << 32 | second in ascending order, uint64, and how often each occurs, int64.
     """
-    ring = empty_ring(longest)
+    ring, second = empty_ring(longest), np.empty(AHEAD, np.uint32)
     mask = ring.size - 1
     route = np.empty(4 * characters + newlines + 1, np.int32)
     keys, tallies = np.zeros(1 << 16, np.uint64), np.zeros(1 << 16, np.int64)
@@ -44,7 +45,7 @@ def count_usage(
         while start < ends[d]:
             stop = training_chunk_end(data, start, ends[d], characters, newlines, isolate_digits, digits)
             ring[start & mask] = 0.0
-            push(data, start, stop, units, ring, route, start)
+            push(data, start, stop, links, scores, ring, second, route, start)
             ring[stop & mask] = -np.inf
             size = collect(0, stop - start, 0, piece, length, route)
             while with_pairs and 2 * (used + size) > keys.size:
@@ -89,13 +90,14 @@ def _larger(keys, tallies):
 
 
 @numba.njit(cache=True, nogil=True)
-def parts_without(data, offsets, units, out):
+def parts_without(data, offsets, links, scores, out):
     """How many pieces each piece would become, were it not a piece itself.
 
     Args:
         data: the pieces one after another, uint8.
         offsets: where each begins, and the end, (pieces + 1,), int64.
-        units: their trie.
+        links: of the units of their trie.
+        scores: score of the piece that ends at each unit.
         out: (pieces,), int64, receives the parts of the best segmentation into at least two; 1 for single bytes.
     """
     for i in range(out.size):
@@ -103,15 +105,15 @@ def parts_without(data, offsets, units, out):
         if stop - start == 1:
             out[i] = 1
             continue
-        scores = np.full(stop - start + 1, -np.inf)
+        best = np.full(stop - start + 1, -np.inf)
         parts = np.zeros(stop - start + 1, np.int64)
-        scores[0] = 0.0
+        best[0] = 0.0
         for s in range(start, stop):
             unit, e = first_unit(data, s), s
             while unit >= 0:
                 e += 1
-                score = scores[s - start] + units[unit].score
-                if score > scores[e - start] and e - s < stop - start:
-                    scores[e - start], parts[e - start] = score, parts[s - start] + 1
-                unit = follow(units, unit, data, e, stop)
+                score = best[s - start] + scores[unit]
+                if score > best[e - start] and e - s < stop - start:
+                    best[e - start], parts[e - start] = score, parts[s - start] + 1
+                unit = follow(links, unit, data, e, stop)
         out[i] = parts[stop - start]

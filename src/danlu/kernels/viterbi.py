@@ -10,9 +10,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from danlu.kernels.trie import first, follow
+from danlu.kernels.trie import ROOT, child
 
 _NEWLINE = 10
+#: Positions whose second unit is looked up at once.
+AHEAD = 128
 
 
 @numba.njit(cache=True, nogil=True)
@@ -27,20 +29,38 @@ def chunk_end(data: np.ndarray, start: int, stop: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def push(data, start, stop, units, ring, route, shift):
+def push(data, start, stop, links, scores, ring, second, route, shift):
     """Score all prefixes of one chunk; the last unit of the best path to position e goes to route[e - shift]."""
-    mask = ring.size - 1
-    for s in range(start, stop):
-        here = ring[s & mask]
-        ring[s & mask] = -np.inf
-        node, e = first(data, s), s
-        while node >= 0:
-            e += 1
-            score = here + units[node].score
+    # Unsigned numbers throughout: for signed indices compiled code also handles negative ones.
+    one, shift = np.uint64(1), np.uint64(shift)
+    low, stop, mask = np.uint64(start), np.uint64(stop), np.uint64(ring.size - 1)
+    while low < stop:
+        high = min(low + np.uint64(AHEAD), stop)
+        # The second unit of many walks at once, so that their waits for memory overlap; 0 where there is none.
+        for s in range(low, high):
+            unit = np.uint64(0)
+            if s + one < stop:
+                unit = child(links, np.uint64(ROOT) + np.uint64(data[s]), data[s + one])
+            second[s - low] = unit
+        for s in range(low, high):
+            here = ring[s & mask]
+            ring[s & mask] = -np.inf
+            unit, e = np.uint64(ROOT) + np.uint64(data[s]), s + one
+            score = here + scores[unit]
             if score > ring[e & mask]:
                 ring[e & mask] = score
-                route[e - shift] = node
-            node = follow(units, node, data, e, stop)
+                route[e - shift] = unit
+            unit = np.uint64(second[s - low])
+            while unit > 0:
+                e += one
+                score = here + scores[unit]
+                if score > ring[e & mask]:
+                    ring[e & mask] = score
+                    route[e - shift] = unit
+                if e == stop:
+                    break
+                unit = child(links, unit, data[e])
+        low = high
 
 
 @numba.njit(cache=True, nogil=True)
@@ -61,7 +81,7 @@ def collect(begin, end, write, piece, length, route):
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi(data, begin, end, score, units, piece, length, ring, out):
+def viterbi(data, begin, end, score, links, scores, piece, length, ring, second, out):
     """Segment ``data[begin:end]``.
 
     Args:
@@ -69,10 +89,12 @@ def viterbi(data, begin, end, score, units, piece, length, ring, out):
         begin: first byte.
         end: one past the last byte.
         score: of the path up to the first byte; 0 but where a line has been begun before.
-        units: the trie, with piece and length of :func:`danlu.kernels.trie.build`.
-        piece: piece that ends at each unit.
+        links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
+        scores: score of the piece that ends at each unit.
+        piece: that piece.
         length: its bytes.
         ring: scratch of -inf, float64; its size is a power of two above the longest piece.
+        second: scratch, (AHEAD,), uint32.
         out: at least end - begin + 1 int32, receives the pieces from index 0.
 
     Returns:
@@ -84,7 +106,7 @@ def viterbi(data, begin, end, score, units, piece, length, ring, out):
     while start < end:
         stop = chunk_end(data, start, end)
         ring[start & mask] = score if start == begin else 0.0
-        push(data, start, stop, units, ring, out, begin)
+        push(data, start, stop, links, scores, ring, second, out, begin)
         ring[stop & mask] = -np.inf
         write = collect(start - begin, stop - begin, write, piece, length, out)
         start = stop
@@ -92,11 +114,13 @@ def viterbi(data, begin, end, score, units, piece, length, ring, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi_batch(data, offsets, first, last, units, piece, length, longest, out, counts):
+def viterbi_batch(data, offsets, first, last, links, scores, piece, length, longest, out, counts):
     """Segment the documents ``first..last - 1``; document i writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``."""
-    ring = empty_ring(longest)
+    ring, second = empty_ring(longest), np.empty(AHEAD, np.uint32)
     for i in range(first, last):
-        counts[i] = viterbi(data, offsets[i], offsets[i + 1], 0.0, units, piece, length, ring, out[offsets[i] + i :])
+        counts[i] = viterbi(
+            data, offsets[i], offsets[i + 1], 0.0, links, scores, piece, length, ring, second, out[offsets[i] + i :]
+        )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -109,7 +133,7 @@ def empty_ring(longest: int) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi_open(data, score, scores, units, piece, length, longest, out):
+def viterbi_open(data, score, piece_scores, links, scores, piece, length, longest, out):
     """Segment the settled part of a chunk whose end is not known yet.
 
     Whatever follows, the best path leaves these bytes through one of the last ``longest`` positions. Where the best
@@ -118,9 +142,10 @@ def viterbi_open(data, score, scores, units, piece, length, longest, out):
     Args:
         data: the bytes so far, all within one chunk, uint8.
         score: score of the path up to the first byte.
-        scores: score of each piece.
-        units: the trie, with piece and length.
-        piece: piece that ends at each unit.
+        piece_scores: score of each piece.
+        links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
+        scores: score of the piece that ends at each unit.
+        piece: that piece.
         length: its bytes.
         longest: bytes of the longest piece.
         out: at least data.size + 1 int32, receives the settled pieces.
@@ -131,7 +156,7 @@ def viterbi_open(data, score, scores, units, piece, length, longest, out):
     size = data.size
     ring = empty_ring(longest)
     ring[0] = score
-    push(data, 0, size, units, ring, out, 0)
+    push(data, 0, size, links, scores, ring, np.empty(AHEAD, np.uint32), out, 0)
     marked = np.zeros(size + 1, np.bool_)
     earliest = max(0, size - longest)
     marked[earliest:] = True
@@ -147,5 +172,5 @@ def viterbi_open(data, score, scores, units, piece, length, longest, out):
         at -= 1
     count = collect(0, at, 0, piece, length, out)
     for k in range(count):
-        score += scores[out[k]]  # in the order of the path, so that the sum is the same to the last bit
+        score += piece_scores[out[k]]  # in the order of the path, so that the sum is the same to the last bit
     return at, count, score

@@ -142,7 +142,7 @@ def total_variation(found: Counter[Path], law: dict[Path, float], draws: int) ->
 
 def first_form(tokenizer: BytePiece, word: bytes, alpha: float, draws: int) -> Counter[Path]:
     """Viterbi sampling as first published, all draws at once: a newcomer fights the one path that is kept."""
-    rng = np.random.default_rng(len(word))
+    rng = np.random.default_rng(_seed(word))
     pieces = {piece: i for i, piece in enumerate(tokenizer.vocabulary.pieces)}
     scores = tokenizer.vocabulary.scores
     kept = np.full((len(word) + 1, draws), -np.inf)
@@ -168,14 +168,19 @@ def first_form(tokenizer: BytePiece, word: bytes, alpha: float, draws: int) -> C
     return found
 
 
+def _seed(word: bytes) -> int:
+    """A seed of its own for each word, so that chance does not fall the same way for all."""
+    return int.from_bytes(word[:8], "little")
+
+
 def second_form(tokenizer: BytePiece, word: bytes, alpha: float, draws: int) -> Counter[Path]:
     """Viterbi sampling as danlu encodes with it."""
-    return Counter(map(tuple, tokenizer.encode_batch([word] * draws, alpha=alpha, seed=0)))
+    return Counter(map(tuple, tokenizer.encode_batch([word] * draws, alpha=alpha, seed=_seed(word))))
 
 
 def filtering(tokenizer: BytePiece, word: bytes, alpha: float, draws: int) -> Counter[Path]:
     """Weights of all suffixes, then draws from front to back."""
-    return Counter(map(tuple, tokenizer.segmentations(word, alpha).sample(draws, seed=0)))
+    return Counter(map(tuple, tokenizer.segmentations(word, alpha).sample(draws, seed=_seed(word))))
 
 
 def _library(tokenizer: BytePiece, word: bytes, alpha: float, draws: int) -> Counter[Path]:

@@ -339,9 +339,7 @@ class BytePiece:
         if finite is None:
             return None
         if finite not in self._samplers:
-            if (
-                len(self._samplers) >= 8
-            ):  # a sampler is as large as the trie; a schedule over alpha must not collect them
+            if len(self._samplers) >= 8:  # a weight for every unit of the trie each; a schedule must not collect them
                 self._samplers.clear()
             self._samplers[finite] = sampling.Sampler(self.engine, finite)
         return self._samplers[finite]

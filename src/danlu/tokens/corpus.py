@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-NORMALIZATIONS = ("nfc", None)
+from danlu.tokens import unicode
+
 _WINDOW = 1 << 16
 _LINE_FEED = 10
 
@@ -193,12 +193,7 @@ def _safe_cut(file: BinaryIO, target: int, size: int) -> int:
 
 
 def _normalised_bytes(content: bytes, normalization: str | None) -> bytes:
-    if content.isascii():
-        return content
-    text = content.decode("utf-8")
-    if normalization is None or unicodedata.is_normalized("NFC", text):
-        return content
-    return unicodedata.normalize("NFC", text).encode("utf-8")
+    return content if content.isascii() else unicode.normalize(content.decode(), normalization).encode()
 
 
 def documents(texts: Iterable[str], *, normalization: str | None, shard_bytes: int, folder: Path) -> Corpus:
@@ -251,15 +246,7 @@ def _encoded(text: Any, number: int, normalization: str | None) -> bytes:
     if not isinstance(text, str):
         fix = "decode it first" if isinstance(text, bytes) else "pass str documents, or pathlib.Path objects for files"
         raise TypeError(f"corpus must hold str documents, got {type(text).__name__} as document {number}: {fix}")
-    if normalization is not None and not text.isascii() and not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"document {number} has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}: "
-            "it has no UTF-8 form; replace it, such as by text.encode('utf-8', 'replace').decode()"
-        ) from None
+    return unicode.to_utf8(unicode.normalize(text, normalization), f"document {number}")
 
 
 def open_corpus(corpus: Any, *, normalization: str | None, shard_bytes: int, folder: Path) -> Corpus:

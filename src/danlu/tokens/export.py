@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from danlu.files import write_whole
 from danlu.tokens.bytepiece import BytePiece
+from danlu.tokens.storage import RESERVED
 
 logger = logging.getLogger("danlu.tokens")
 
@@ -50,9 +51,11 @@ def to_tokenizers(tokenizer: BytePiece) -> tokenizers.Tokenizer:
             not be exact then.
     """
     names = token_names(tokenizer)
-    count = 3 + len(tokenizer.vocabulary)
+    count = len(RESERVED) + len(tokenizer.vocabulary)
     scores = _stable([float(score) for score in tokenizer.vocabulary.scores])
-    model = models.Unigram([*((name, _NEVER) for name in names[:3]), *zip(names[3:count], scores, strict=True)])
+    model = models.Unigram(
+        [*((name, _NEVER) for name in names[: len(RESERVED)]), *zip(names[len(RESERVED) : count], scores, strict=True)]
+    )
     result = tokenizers.Tokenizer(model)
     if tokenizer.normalization == "nfc":
         result.normalizer = normalizers.NFC()
@@ -64,25 +67,35 @@ def to_tokenizers(tokenizer: BytePiece) -> tokenizers.Tokenizer:
         ]
     )
     result.decoder = decoders.ByteLevel()
-    result.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
+    special = (*names[: len(RESERVED)], *names[count:])
+    result.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return result
 
 
 def token_names(tokenizer: BytePiece) -> list[str]:
     """What ``tokenizers`` calls each id: pieces in GPT-2's characters, special tokens by their names.
 
+    Text about tokenizers can make ``<pad>`` a piece. The reserved token is then called ``<|pad|>``, since the other
+    library has one id for each string.
+
     Raises:
-        ValueError: a special token has the name of a piece.
+        ValueError: a further special token has the name of a piece.
     """
     characters = byte_characters()
     pieces = ["".join(characters[byte] for byte in piece) for piece in tokenizer.vocabulary.pieces]
-    clash = set(pieces).intersection(tokenizer.special_tokens)
+    taken = {*pieces, *tokenizer.special_tokens[len(RESERVED) :]}
+    reserved = []
+    for name in RESERVED:
+        while name in taken:
+            name = f"<|{name[1:-1]}|>"
+        reserved.append(name)
+    clash = set(pieces).intersection(tokenizer.special_tokens[len(RESERVED) :])
     if clash:
         raise ValueError(
             f"special_tokens must not be written like a piece for export, got {sorted(clash)}: the other library has "
             "one id for each string, so that ids would not be the same; rename the special token"
         )
-    return [*tokenizer.special_tokens[:3], *pieces, *tokenizer.special_tokens[3:]]
+    return [*reserved, *pieces, *tokenizer.special_tokens[len(RESERVED) :]]
 
 
 def byte_characters() -> list[str]:

@@ -70,7 +70,7 @@ class BytePieceTokenizer(PreTrainedTokenizerFast):
         self.bytepiece = bytepiece
         self.alpha = alpha
         self._names = token_names(bytepiece)
-        pad, bos, eos = RESERVED
+        pad, bos, eos = self._names[: len(RESERVED)]
         options = {"pad_token": pad, "bos_token": bos, "eos_token": eos} | options
         if bytepiece.special_tokens[3:]:
             options.setdefault("extra_special_tokens", list(bytepiece.special_tokens[3:]))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from danlu.kernels.split import count_parts, distinct_lengths
-from danlu.kernels.trie import build
+from danlu.kernels.split import TAIL, count_parts, distinct_lengths
+from danlu.kernels.trie import LOW, build
 
 _PARTS = 4  # per worker; texts differ in what they cost
 
@@ -129,12 +129,13 @@ class _Model:
         lengths = distinct_lengths(vocabulary.data, self._offsets)
         beginnings = Pieces(vocabulary.data, vocabulary.starts, lengths, vocabulary.counts).compact()
         starts = np.append(beginnings.starts, beginnings.data.size)
-        self._units, self._piece, _ = build(beginnings.data, starts, np.zeros(len(vocabulary)))
+        self._links, self._scores, self._piece, _ = build(beginnings.data, starts, np.zeros(len(vocabulary)))
         (places,) = np.nonzero(self._piece >= 0)
         self._unit = np.empty(len(vocabulary), np.int64)
         self._unit[self._piece[places]] = places
         (tailed,) = np.nonzero(lengths < vocabulary.lengths)
-        self._units["base"][self._unit[tailed]] = -1 - tailed
+        ends = self._unit[tailed]
+        self._links[ends] = self._links[ends] & ~LOW | TAIL | tailed.astype(np.uint64)
 
     def settled(self, dropped: Pieces, progress: Callable[[int], None]) -> Pieces:
         """The pieces that stay when they take the counts of dropped ones and no piece is written by others any more."""
@@ -150,13 +151,13 @@ class _Model:
     def _parts(self, counts: np.ndarray, texts: Pieces) -> np.ndarray:
         """How often each piece is used to write the texts, each as often as it counts; one with count 0 never is."""
         scores = np.log(np.maximum(counts, 1)) - np.log(counts.sum())
-        self._units["score"][self._unit] = np.where(counts > 0, scores, -np.inf)
+        self._scores[self._unit] = np.where(counts > 0, scores, -np.inf)
 
         def work(first: int, last: int) -> np.ndarray:
             parts = np.zeros(counts.size, np.int64)
             count_parts(
                 texts.data, texts.starts, texts.lengths, texts.counts, first, last,
-                self._units, self._piece, self._vocabulary.data, self._offsets, parts,
+                self._links, self._scores, self._piece, self._vocabulary.data, self._offsets, parts,
             )  # fmt: skip
             return parts
 

@@ -43,7 +43,7 @@ class CountUsage:
         counts = np.zeros(model.lengths.size, np.int64)
         keys, tallies = usage.count_usage(
             shard.data, shard.ends, *rules(self.isolate_digits),
-            model.units, model.unit_pieces, model.unit_lengths, model.longest, counts, self.pairs,
+            model.links, model.unit_scores, model.unit_pieces, model.unit_lengths, model.longest, counts, self.pairs,
         )  # fmt: skip
         return {"counts": counts, "keys": keys, "tallies": tallies}
 
@@ -133,7 +133,7 @@ def _without_the_least(vocabulary: Vocabulary, model: Unigram, counts: np.ndarra
     """The ``size`` pieces without which the text would grow most, single bytes first."""
     parts = np.empty(len(vocabulary), np.int64)
     data = np.frombuffer(b"".join(vocabulary.pieces), np.uint8)
-    usage.parts_without(data, starts_of(model.lengths), model.units, parts)
+    usage.parts_without(data, starts_of(model.lengths), model.links, model.unit_scores, parts)
     cost = np.where(model.lengths == 1, np.iinfo(np.int64).max, counts * (parts - 1))
     stay = np.sort(np.argsort(-cost, kind="stable")[:size])
     return Vocabulary(tuple(vocabulary.pieces[i] for i in stay.tolist()), vocabulary.counts[stay])

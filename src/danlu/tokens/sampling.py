@@ -92,9 +92,8 @@ class Sampler:
         self.model, self.alpha = model, alpha
         self._on_weights = alpha * -float(model.scores.min()) <= _REACH
         if self._on_weights:
-            scores = model.units["score"]
-            self._units = model.units.copy()
-            self._units["score"] = np.exp(alpha * np.maximum(scores, -1e300)) * np.isfinite(scores)
+            scores = model.unit_scores
+            self._weights = np.exp(alpha * np.maximum(scores, -1e300)) * np.isfinite(scores)
 
     def segment(self, data: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, float]:
         """Draw a segmentation.
@@ -112,9 +111,11 @@ class Sampler:
         place = (model.unit_pieces, model.unit_lengths)
         if self._on_weights:
             ring[:] = 0.0
-            count, log_total = loops.sample(data, 0, data.size, self._units, *place, ring, state, out)
+            count, log_total = loops.sample(data, 0, data.size, model.links, self._weights, *place, ring, state, out)
         else:
-            count, log_total = loops.sample_log(data, 0, data.size, model.units, self.alpha, *place, ring, state, out)
+            count, log_total = loops.sample_log(
+                data, 0, data.size, model.links, model.unit_scores, self.alpha, *place, ring, state, out
+            )
         return out[:count].copy(), log_total
 
     def segment_batch(
@@ -128,7 +129,8 @@ class Sampler:
         def work(first: int, last: int) -> None:
             if self._on_weights:
                 loops.sample_batch(
-                    data, offsets, first, last, self._units, model.unit_pieces, model.unit_lengths, model.longest,
+                    data, offsets, first, last,
+                    model.links, self._weights, model.unit_pieces, model.unit_lengths, model.longest,
                     states, out, counts,
                 )  # fmt: skip
                 return
@@ -166,17 +168,18 @@ class Segmentations:
         self._chunks, self._steps = list(_chunks(data)), []
         for chunk in self._chunks:
             steps = np.empty(chunk.size)
-            loops.backward(chunk, model.units, finite, model.longest, steps)
+            loops.backward(chunk, model.links, model.unit_scores, finite, model.longest, steps)
             self._steps.append(steps)
         #: log Z, the log of the sum of exp(alpha * score) over all segmentations.
         self.log_partition = math.fsum(math.fsum(steps) for steps in self._steps)
 
     @functools.cached_property
     def _marginals(self) -> tuple[np.ndarray, float]:
+        model = self._model
         parts, entropies = [], []
         for chunk, steps in zip(self._chunks, self._steps, strict=True):
             out = np.empty(chunk.size + 1)
-            entropies.append(loops.marginals(chunk, self._model.units, self._alpha, steps, out))
+            entropies.append(loops.marginals(chunk, model.links, model.unit_scores, self._alpha, steps, out))
             parts.append(out[:-1])
         return np.concatenate([*parts, np.ones(1)]), math.fsum(entropies)
 
@@ -220,7 +223,9 @@ class Segmentations:
         for chunk, steps in zip(self._chunks, self._steps, strict=True):
             out = np.empty(chunk.size, np.int32)
             for k in range(n):
-                size = loops.draw(chunk, model.units, model.unit_pieces, self._alpha, steps, states[k : k + 1], out)
+                size = loops.draw(
+                    chunk, model.links, model.unit_scores, model.unit_pieces, self._alpha, steps, states[k : k + 1], out
+                )
                 drawn[k] += (out[:size] + self._first_id).tolist()
         return drawn
 

@@ -16,18 +16,20 @@ from danlu.kernels import cuts, ngrams, pieces
 from danlu.kernels.compiling import announce
 from danlu.kernels.split import count_parts
 from danlu.kernels.trie import build
-from danlu.tokens.corpus import NORMALIZATIONS, Corpus, files, open_corpus
+from danlu.tokens.corpus import Corpus, files, open_corpus
 from danlu.tokens.counting import GramTable, Runs
 from danlu.tokens.mapping import Arrays, CountGrams, CutPieces, Task, connected, map_shards
 from danlu.tokens.pruning import Pieces, prune
 from danlu.tokens.refine import refine
 from danlu.tokens.resume import Work
+from danlu.tokens.storage import RESERVED
+from danlu.tokens.unicode import check_normalization
+from danlu.tokens.unigram import cores
 from danlu.tokens.vocabulary import Vocabulary
 
 logger = logging.getLogger("danlu.tokens.trainer")
 
-SPECIALS = 3  # <pad>, <bos> and <eos> take ids of the vocabulary
-_SMALLEST = 256 + SPECIALS
+_SMALLEST = 256 + len(RESERVED)
 _SHARD_BYTES = 4 << 20
 
 #: Called with how much is done, how much there is (0 when unknown) and what it is.
@@ -101,10 +103,8 @@ class BytePieceTrainer:
         self.max_piece_length = _whole("max_piece_length", max_piece_length, 1)
         self.isolate_digits = bool(isolate_digits)
         self.ensure_unicode = bool(ensure_unicode)
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization must be 'nfc' or None, got {normalization!r}")
-        self.normalization = normalization
-        self.workers = _cores() if workers is None else _whole("workers", workers, 1)
+        self.normalization = check_normalization(normalization)
+        self.workers = cores() if workers is None else _whole("workers", workers, 1)
         self.memory = _half_of_memory() if memory is None else _whole("memory", memory, 1 << 20)
         self.work_dir = None if work_dir is None else Path(work_dir)
         self.refine = _whole("refine", refine, 0)
@@ -187,7 +187,7 @@ class BytePieceTrainer:
 
         return refine(
             vocabulary,
-            size - SPECIALS,
+            size - len(RESERVED),
             self.refine,
             run,
             isolate_digits=self.isolate_digits,
@@ -243,7 +243,7 @@ class BytePieceTrainer:
 
         pruned = prune(
             found,
-            [size - SPECIALS for size in self.sizes],
+            [size - len(RESERVED) for size in self.sizes],
             min_count=self.min_count,
             max_piece_length=self.max_piece_length,
             workers=self.workers,
@@ -251,9 +251,9 @@ class BytePieceTrainer:
         )
         vocabularies = {}
         for size, (kept, limited) in zip(self.sizes, pruned, strict=True):
-            note = _note(size, len(kept) + SPECIALS, limited)
+            note = _note(size, len(kept) + len(RESERVED), limited)
             if note:
-                logger.warning("%s", note)
+                logger.log(logging.INFO if limited else logging.WARNING, "%s", note)
             vocabularies[size] = Vocabulary.sorted(zip(kept.strings(), kept.counts.tolist(), strict=True), note)
         return vocabularies
 
@@ -286,10 +286,6 @@ def _whole(name: str, value: Any, least: int, most: int | None = None, why: str 
         legal = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name} must be {legal}, got {value}" + (f": {why}" if why else ""))
     return int(value)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _half_of_memory() -> int:

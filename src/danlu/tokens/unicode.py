@@ -33,7 +33,7 @@ def to_utf8(text: str, what: str = "text") -> bytes:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{what} must be encodable as UTF-8, got the lone surrogate {text[error.start]!r} at character "
-            f"{error.start}: pass the bytes that it was decoded from"
+            f"{error.start}: replace it, such as by text.encode('utf-8', 'replace').decode()"
         ) from None
 
 

@@ -33,7 +33,7 @@ class Unigram:
         data = np.frombuffer(b"".join(pieces[i] for i in order), np.uint8)
         permutation = np.array(order, np.int32)
         starts = starts_of(self.lengths[permutation])
-        self.units, place, self.unit_lengths = build(data, starts, self.scores[permutation])
+        self.links, self.unit_scores, place, self.unit_lengths = build(data, starts, self.scores[permutation])
         self.unit_pieces = np.where(place >= 0, permutation[place], np.int32(-1))
 
     def segment(self, data: np.ndarray, score: float = 0.0) -> np.ndarray:
@@ -48,8 +48,11 @@ class Unigram:
         """
         announce(loops.viterbi)
         out = np.empty(data.size + 1, np.int32)
-        ring = loops.empty_ring(self.longest)
-        count = loops.viterbi(data, 0, data.size, score, self.units, self.unit_pieces, self.unit_lengths, ring, out)
+        ring, second = loops.empty_ring(self.longest), np.empty(loops.AHEAD, np.uint32)
+        count = loops.viterbi(
+            data, 0, data.size, score,
+            self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, ring, second, out,
+        )  # fmt: skip
         return out[:count].copy()
 
     def segment_batch(
@@ -72,7 +75,7 @@ class Unigram:
         def work(first: int, last: int) -> None:
             loops.viterbi_batch(
                 data, offsets, first, last,
-                self.units, self.unit_pieces, self.unit_lengths, self.longest, out, counts,
+                self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, self.longest, out, counts,
             )  # fmt: skip
 
         in_threads(work, offsets, threads)
@@ -90,15 +93,16 @@ class Unigram:
         """
         out = np.empty(data.size + 1, np.int32)
         size, count, reached = loops.viterbi_open(
-            data, score, self.scores, self.units, self.unit_pieces, self.unit_lengths, self.longest, out
-        )
+            data, score, self.scores,
+            self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, self.longest, out,
+        )  # fmt: skip
         return size, out[:count].copy(), reached
 
 
 def in_threads(work: Callable[[int, int], None], offsets: np.ndarray, threads: int | None = None) -> None:
     """Call ``work(first, last)`` on ranges of documents that cover all, each with about equally many bytes."""
     documents, size = offsets.size - 1, int(offsets[-1] - offsets[0])
-    workers = min(threads or os.cpu_count() or 1, max(1, size // _WORTH))
+    workers = min(threads or cores(), max(1, size // _WORTH))
     if workers <= 1:
         work(0, documents)
         return
@@ -107,6 +111,11 @@ def in_threads(work: Callable[[int, int], None], offsets: np.ndarray, threads: i
     cuts[0], cuts[-1] = 0, documents
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, cuts[:-1].tolist(), cuts[1:].tolist()))
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
