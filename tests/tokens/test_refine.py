@@ -103,7 +103,7 @@ def test_many_pairs_make_the_table_grow():
     counts = np.zeros(len(made), np.int64)
     keys, tallies = usage.count_usage(
         data, np.array([data.size]), *rules(False),
-        model.links, model.unit_scores, model.unit_pieces, model.unit_lengths, model.longest, counts, True,
+        model.links, model.unit_scores, model.ended, model.longest, counts, True,
     )  # fmt: skip
     assert len(set(keys.tolist())) == keys.size > 60_000
     # Every piece but the last of a chunk begins a pair.

@@ -134,7 +134,7 @@ def test_forward_and_backward_agree(tokenizer):
     expected = tokenizer.segmentations(text, alpha).log_partition
     assert Sampler(engine, alpha).segment(data, random_states(0, 1))[1] == pytest.approx(expected, rel=1e-12)
     out = np.empty(data.size + 1, np.int32)
-    trie, place = (engine.links, engine.unit_scores), (engine.unit_pieces, engine.unit_lengths)
+    trie, place = (engine.links, engine.unit_scores), (engine.ended,)
     scratch = (empty_ring(engine.longest), random_states(0, 1), out)
     _, total = lattice.sample_log(data, 0, data.size, *trie, alpha, *place, *scratch)
     assert total == pytest.approx(expected, rel=1e-12)

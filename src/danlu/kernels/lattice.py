@@ -13,7 +13,7 @@ import math
 import numba
 import numpy as np
 
-from danlu.kernels.trie import first, follow
+from danlu.kernels.trie import LOW, first, follow
 from danlu.kernels.viterbi import chunk_end, collect, empty_ring
 
 _SMALL, _LARGE = 1e-100, 1e100
@@ -33,7 +33,7 @@ def uniform(state: np.ndarray) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def sample(data, begin, end, links, weights, piece, length, ring, state, out):
+def sample(data, begin, end, links, weights, ended, ring, state, out):
     """Draw a segmentation of ``data[begin:end]`` by Viterbi sampling on weights.
 
     A newcomer at a position replaces the piece kept there with the share that its weight has of all that arrived so
@@ -45,8 +45,7 @@ def sample(data, begin, end, links, weights, piece, length, ring, state, out):
         end: one past the last byte.
         links: of the trie's units.
         weights: exp(alpha * score) of the piece that ends at each unit, at least 1e-87; 0 where none does.
-        piece: that piece.
-        length: its bytes.
+        ended: that piece in the lower half, its bytes in the upper, uint64.
         ring: scratch of zeros, float64; its size is a power of two above the longest piece.
         state: of the random numbers, (1,), uint64.
         out: at least end - begin + 1 int32, receives the pieces.
@@ -83,13 +82,13 @@ def sample(data, begin, end, links, weights, piece, length, ring, state, out):
                 node = follow(links, node, data, e, stop)
         log_total += math.log(ring[stop & mask])
         ring[stop & mask] = 0.0
-        write = collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, ended, out)
         start = stop
     return write, log_total
 
 
 @numba.njit(cache=True, nogil=True)
-def sample_log(data, begin, end, links, scores, alpha, piece, length, ring, state, out):
+def sample_log(data, begin, end, links, scores, alpha, ended, ring, state, out):
     """Draw a segmentation by Viterbi sampling in the log domain, for any alpha >= 0.
 
     Args and returns as for :func:`sample`, but with scores in place of weights, and ``ring`` is a scratch of -inf.
@@ -124,7 +123,7 @@ def sample_log(data, begin, end, links, scores, alpha, piece, length, ring, stat
                 node = follow(links, node, data, e, stop)
         log_total += ring[stop & mask]
         ring[stop & mask] = -np.inf
-        write = collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, ended, out)
         start = stop
     return write, log_total
 
@@ -167,7 +166,7 @@ def backward(data, links, scores, alpha, longest, steps):
 
 
 @numba.njit(cache=True, nogil=True)
-def draw(data, links, scores, piece, alpha, steps, state, out):
+def draw(data, links, scores, ended, alpha, steps, state, out):
     """Draw one segmentation of a chunk from front to back, by the suffix weights of :func:`backward`.
 
     ``steps``: (length,), float64; ``out``: at least (length,), int32. Returns how many pieces were written.
@@ -187,7 +186,7 @@ def draw(data, links, scores, piece, alpha, steps, state, out):
             score = scores[node]
             if score > -np.inf:
                 at = e
-                out[count] = piece[node]
+                out[count] = ended[node] & LOW
                 left -= math.exp(alpha * score + change)
             node = follow(links, node, data, e, size)
         s = at
@@ -230,9 +229,7 @@ def marginals(data, links, scores, alpha, steps, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def sample_batch(
-    data, offsets, first_document, last_document, links, weights, piece, length, longest, states, out, counts
-):
+def sample_batch(data, offsets, first_document, last_document, links, weights, ended, longest, states, out, counts):
     """Draw documents ``first_document..last_document - 1``; document i has random numbers of its own, ``states[i]``.
 
     It writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``. ``weights`` are as for :func:`sample`.
@@ -241,6 +238,6 @@ def sample_batch(
     ring[:] = 0.0
     for i in range(first_document, last_document):
         counts[i], _ = sample(
-            data, offsets[i], offsets[i + 1], links, weights, piece, length, ring, states[i : i + 1],
+            data, offsets[i], offsets[i + 1], links, weights, ended, ring, states[i : i + 1],
             out[offsets[i] + i :],
         )  # fmt: skip

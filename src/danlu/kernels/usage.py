@@ -13,7 +13,7 @@ from danlu.kernels.viterbi import AHEAD, collect, empty_ring, push
 
 @numba.njit(cache=True, nogil=True)
 def count_usage(
-    data, ends, characters, newlines, isolate_digits, digits, links, scores, piece, length, longest, counts, with_pairs
+    data, ends, characters, newlines, isolate_digits, digits, links, scores, ended, longest, counts, with_pairs
 ):  # fmt: skip
     """Segment texts chunk by chunk and count.
 
@@ -26,8 +26,7 @@ def count_usage(
         digits: flag per code point.
         links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
         scores: score of the piece that ends at each unit.
-        piece: that piece.
-        length: its bytes.
+        ended: that piece in the lower half, its bytes in the upper, uint64.
         longest: bytes of the longest piece.
         counts: (pieces,), int64, is added to.
         with_pairs: whether neighbours within a chunk are counted too.
@@ -47,7 +46,7 @@ def count_usage(
             ring[start & mask] = 0.0
             push(data, start, stop, links, scores, ring, second, route, start)
             ring[stop & mask] = -np.inf
-            size = collect(0, stop - start, 0, piece, length, route)
+            size = collect(0, stop - start, 0, ended, route)
             while with_pairs and 2 * (used + size) > keys.size:
                 keys, tallies = _larger(keys, tallies)
             counts[route[0]] += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from danlu.kernels.trie import ROOT, child
+from danlu.kernels.trie import HALF, LOW, ROOT, child
 
 _NEWLINE = 10
 #: Positions whose second unit is looked up at once.
@@ -64,15 +64,16 @@ def push(data, start, stop, links, scores, ring, second, route, shift):
 
 
 @numba.njit(cache=True, nogil=True)
-def collect(begin, end, write, piece, length, route):
+def collect(begin, end, write, ended, route):
     """Follow the route back from ``end``; leaves the pieces in order at route[write:] and returns the new ``write``."""
     # A piece has at least one byte, so what is written never overtakes what is still to be read.
     free = end
     at = end
     while at > begin:
         node = route[at]
-        at -= length[node]
-        route[free] = piece[node]
+        both = ended[node]
+        at -= np.int64(both >> HALF)
+        route[free] = both & LOW
         free -= 1
     for k in range(free + 1, end + 1):
         route[write] = route[k]
@@ -81,7 +82,7 @@ def collect(begin, end, write, piece, length, route):
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi(data, begin, end, score, links, scores, piece, length, ring, second, out):
+def viterbi(data, begin, end, score, links, scores, ended, ring, second, out):
     """Segment ``data[begin:end]``.
 
     Args:
@@ -91,8 +92,7 @@ def viterbi(data, begin, end, score, links, scores, piece, length, ring, second,
         score: of the path up to the first byte; 0 but where a line has been begun before.
         links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
         scores: score of the piece that ends at each unit.
-        piece: that piece.
-        length: its bytes.
+        ended: that piece in the lower half, its bytes in the upper, uint64.
         ring: scratch of -inf, float64; its size is a power of two above the longest piece.
         second: scratch, (AHEAD,), uint32.
         out: at least end - begin + 1 int32, receives the pieces from index 0.
@@ -108,18 +108,18 @@ def viterbi(data, begin, end, score, links, scores, piece, length, ring, second,
         ring[start & mask] = score if start == begin else 0.0
         push(data, start, stop, links, scores, ring, second, out, begin)
         ring[stop & mask] = -np.inf
-        write = collect(start - begin, stop - begin, write, piece, length, out)
+        write = collect(start - begin, stop - begin, write, ended, out)
         start = stop
     return write
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi_batch(data, offsets, first, last, links, scores, piece, length, longest, out, counts):
+def viterbi_batch(data, offsets, first, last, links, scores, ended, longest, out, counts):
     """Segment the documents ``first..last - 1``; document i writes ``counts[i]`` pieces to ``out[offsets[i] + i:]``."""
     ring, second = empty_ring(longest), np.empty(AHEAD, np.uint32)
     for i in range(first, last):
         counts[i] = viterbi(
-            data, offsets[i], offsets[i + 1], 0.0, links, scores, piece, length, ring, second, out[offsets[i] + i :]
+            data, offsets[i], offsets[i + 1], 0.0, links, scores, ended, ring, second, out[offsets[i] + i :]
         )
 
 
@@ -133,7 +133,7 @@ def empty_ring(longest: int) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def viterbi_open(data, score, piece_scores, links, scores, piece, length, longest, out):
+def viterbi_open(data, score, piece_scores, links, scores, ended, longest, out):
     """Segment the settled part of a chunk whose end is not known yet.
 
     Whatever follows, the best path leaves these bytes through one of the last ``longest`` positions. Where the best
@@ -145,8 +145,7 @@ def viterbi_open(data, score, piece_scores, links, scores, piece, length, longes
         piece_scores: score of each piece.
         links: of the trie's units, as the next three from :func:`danlu.kernels.trie.build`.
         scores: score of the piece that ends at each unit.
-        piece: that piece.
-        length: its bytes.
+        ended: that piece in the lower half, its bytes in the upper, uint64.
         longest: bytes of the longest piece.
         out: at least data.size + 1 int32, receives the settled pieces.
 
@@ -166,11 +165,11 @@ def viterbi_open(data, score, piece_scores, links, scores, piece, length, longes
         if marked[at]:
             if paths == 1:
                 break
-            before = at - length[out[at]]
+            before = at - np.int64(ended[out[at]] >> HALF)
             paths -= marked[before]
             marked[before] = True
         at -= 1
-    count = collect(0, at, 0, piece, length, out)
+    count = collect(0, at, 0, ended, out)
     for k in range(count):
         score += piece_scores[out[k]]  # in the order of the path, so that the sum is the same to the last bit
     return at, count, score

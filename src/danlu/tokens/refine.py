@@ -43,7 +43,7 @@ class CountUsage:
         counts = np.zeros(model.lengths.size, np.int64)
         keys, tallies = usage.count_usage(
             shard.data, shard.ends, *rules(self.isolate_digits),
-            model.links, model.unit_scores, model.unit_pieces, model.unit_lengths, model.longest, counts, self.pairs,
+            model.links, model.unit_scores, model.ended, model.longest, counts, self.pairs,
         )  # fmt: skip
         return {"counts": counts, "keys": keys, "tallies": tallies}
 

@@ -108,13 +108,14 @@ class Sampler:
         model = self.model
         out = np.empty(data.size + 1, np.int32)
         ring = empty_ring(model.longest)
-        place = (model.unit_pieces, model.unit_lengths)
         if self._on_weights:
             ring[:] = 0.0
-            count, log_total = loops.sample(data, 0, data.size, model.links, self._weights, *place, ring, state, out)
+            count, log_total = loops.sample(
+                data, 0, data.size, model.links, self._weights, model.ended, ring, state, out
+            )
         else:
             count, log_total = loops.sample_log(
-                data, 0, data.size, model.links, model.unit_scores, self.alpha, *place, ring, state, out
+                data, 0, data.size, model.links, model.unit_scores, self.alpha, model.ended, ring, state, out
             )
         return out[:count].copy(), log_total
 
@@ -130,7 +131,7 @@ class Sampler:
             if self._on_weights:
                 loops.sample_batch(
                     data, offsets, first, last,
-                    model.links, self._weights, model.unit_pieces, model.unit_lengths, model.longest,
+                    model.links, self._weights, model.ended, model.longest,
                     states, out, counts,
                 )  # fmt: skip
                 return
@@ -224,7 +225,7 @@ class Segmentations:
             out = np.empty(chunk.size, np.int32)
             for k in range(n):
                 size = loops.draw(
-                    chunk, model.links, model.unit_scores, model.unit_pieces, self._alpha, steps, states[k : k + 1], out
+                    chunk, model.links, model.unit_scores, model.ended, self._alpha, steps, states[k : k + 1], out
                 )
                 drawn[k] += (out[:size] + self._first_id).tolist()
         return drawn

@@ -33,8 +33,9 @@ class Unigram:
         data = np.frombuffer(b"".join(pieces[i] for i in order), np.uint8)
         permutation = np.array(order, np.int32)
         starts = starts_of(self.lengths[permutation])
-        self.links, self.unit_scores, place, self.unit_lengths = build(data, starts, self.scores[permutation])
-        self.unit_pieces = np.where(place >= 0, permutation[place], np.int32(-1))
+        self.links, self.unit_scores, place, length = build(data, starts, self.scores[permutation])
+        # The piece that ends at each unit and its bytes, side by side: following a path back costs one look a piece.
+        self.ended = permutation[place].astype(np.uint64) | length.astype(np.uint64) << np.uint64(32)
 
     def segment(self, data: np.ndarray, score: float = 0.0) -> np.ndarray:
         """The best segmentation of some bytes.
@@ -51,7 +52,7 @@ class Unigram:
         ring, second = loops.empty_ring(self.longest), np.empty(loops.AHEAD, np.uint32)
         count = loops.viterbi(
             data, 0, data.size, score,
-            self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, ring, second, out,
+            self.links, self.unit_scores, self.ended, ring, second, out,
         )  # fmt: skip
         return out[:count].copy()
 
@@ -75,7 +76,7 @@ class Unigram:
         def work(first: int, last: int) -> None:
             loops.viterbi_batch(
                 data, offsets, first, last,
-                self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, self.longest, out, counts,
+                self.links, self.unit_scores, self.ended, self.longest, out, counts,
             )  # fmt: skip
 
         in_threads(work, offsets, threads)
@@ -94,7 +95,7 @@ class Unigram:
         out = np.empty(data.size + 1, np.int32)
         size, count, reached = loops.viterbi_open(
             data, score, self.scores,
-            self.links, self.unit_scores, self.unit_pieces, self.unit_lengths, self.longest, out,
+            self.links, self.unit_scores, self.ended, self.longest, out,
         )  # fmt: skip
         return size, out[:count].copy(), reached
 
