@@ -197,6 +197,15 @@ def test_train_options_reach_the_trainer(corpus, tmp_path):
         assert (not any(sum(byte in b"0123456789" for byte in piece) for piece in pieces)) == alone
 
 
+def test_train_refined_takes_fewer_tokens(corpus, tmp_path):
+    file = corpus / "a.txt"
+    sizes = []
+    for rounds in (0, 2):
+        good("train", file, "-v", 290, "-o", tmp_path / f"{rounds}.model", "--refine", rounds)
+        sizes.append(len(BytePiece.from_file(tmp_path / f"{rounds}.model").encode(file.read_text())))
+    assert sizes[1] < sizes[0]
+
+
 @pytest.mark.parametrize(("form", "name"), [("bytepiece", "tok.model"), ("danlu", "copy.safetensors")])
 def test_export_to_formats_of_bytepiece(tokenizer, model, tmp_path, form, name):
     result = good("export", "-m", model, "--to", form, tmp_path / name)
