@@ -52,7 +52,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over one axis, kept as numbers so that a figure can be drawn again without a new run."""
+    """Lines over one axis, kept as numbers so that a figure can be drawn again without a new run.
+
+    With ``x_names`` the axis has kinds instead of numbers, and there are points without lines.
+    """
 
     title: str
     x_label: str
@@ -60,8 +63,12 @@ class Plot:
     x: tuple[float, ...]
     lines: Mapping[str, tuple[float | None, ...]]
     log_x: bool = False
+    x_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "x_names", tuple(self.x_names))
+        if len(self.x_names) not in (0, len(self.x)):
+            raise ValueError(f"x_names must name all {len(self.x)} points, got {len(self.x_names)}")
         object.__setattr__(self, "x", tuple(_plain(value) for value in self.x))
         lines = {name: tuple(_plain(value) for value in values) for name, values in self.lines.items()}
         object.__setattr__(self, "lines", lines)

@@ -76,11 +76,12 @@ def compression(context: Context) -> Evidence:
         tables=(Table("Bytes per token on held-out text", ("tokenizer", *names, "training, s"), rows),),
         plots=(
             Plot(
-                "Compression, by kind of text (1 code, 2 English, 3 Chinese)",
+                "Compression of held-out text",
                 "kind of text",
                 "bytes per token",
-                tuple(float(i + 1) for i in range(len(names))),
+                tuple(float(i) for i in range(len(names))),
                 {name: tuple(density[name, kind] for kind in names) for name in METHODS},
+                x_names=tuple(names),
             ),
         ),
         notes=(

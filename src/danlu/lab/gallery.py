@@ -35,7 +35,11 @@ def draw(record: Record, directory: Path = DIRECTORY) -> Path | None:
         axes = figure.add_subplot(1, len(plots), column + 1)
         for name, values in plot.lines.items():
             shown = [float("nan") if value is None else value for value in values]
-            axes.plot(plot.x, shown, marker="o" if len(shown) <= 20 else None, markersize=4, label=name)
+            style = {"linestyle": "none", "markersize": 8, "alpha": 0.8} if plot.x_names else {"markersize": 4}
+            axes.plot(plot.x, shown, marker="o" if len(shown) <= 20 else None, label=name, **style)
+        if plot.x_names:
+            axes.set_xticks(plot.x, plot.x_names)
+            axes.set_xlim(min(plot.x) - 0.4, max(plot.x) + 0.4)
         if plot.log_x:
             axes.set_xscale("log", base=2)
             if len(plot.x) <= 10:
