@@ -27,7 +27,9 @@ from danlu.context.text import held_out_files, training_files
 from danlu.tokens.export import to_sentencepiece, to_tokenizers
 
 ALPHA = 0.1
-Encode = Callable[[list[str]], int]
+OURS = "danlu"
+#: Encodes a text as a whole, and encodes its lines; each returns the number of tokens.
+Encode = tuple[Callable[[str], int], Callable[[list[str]], int] | None]
 
 
 def texts(megabytes: float) -> list[str]:
@@ -44,21 +46,32 @@ def texts(megabytes: float) -> list[str]:
 
 
 def encoders(tokenizer: BytePiece, folder: Path, corpus: list[str]) -> dict[str, Encode]:
-    """Name to a function that encodes a text given as one string in a list, or as its lines, and counts the tokens."""
+    """Every tokenizer that is installed, by name."""
+
+    def total(rows) -> int:
+        return sum(map(len, rows))
+
     found: dict[str, Encode] = {
-        "danlu, ids as an array": lambda lines: tokenizer.encode_array("".join(lines)).size,
-        "danlu, ids as a list": lambda lines: len(tokenizer.encode("".join(lines))),
-        f"danlu, alpha {ALPHA}": lambda lines: tokenizer.encode_array("".join(lines), alpha=ALPHA, seed=0).size,
-        "danlu, alpha 1": lambda lines: tokenizer.encode_array("".join(lines), alpha=1.0, seed=0).size,
+        OURS: (
+            lambda text: len(tokenizer.encode(text)),
+            lambda lines: total(tokenizer.encode_batch(lines, threads=1)),
+        ),
+        "danlu, ids as an array": (lambda text: tokenizer.encode_array(text).size, None),
     }
+    for alpha in (ALPHA, 1.0):
+        found[f"danlu, alpha {alpha:g}"] = (
+            lambda text, alpha=alpha: len(tokenizer.encode(text, alpha=alpha, seed=0)),
+            lambda lines, alpha=alpha: total(tokenizer.encode_batch(lines, alpha=alpha, seed=0, threads=1)),
+        )
     try:
         import bytepiece
 
         published = bytepiece.Tokenizer(str(tokenizer.save(folder / "published.model")))
-        found["bytepiece 0.6.3"] = lambda lines: sum(len(published.encode(line)) for line in lines)
-        found[f"bytepiece 0.6.3, alpha {ALPHA}"] = lambda lines: sum(
-            len(published.encode(line, alpha=ALPHA)) for line in lines
-        )
+        for name, alpha in (("bytepiece 0.6.3", -1), (f"bytepiece 0.6.3, alpha {ALPHA:g}", ALPHA)):
+            found[name] = (
+                lambda text, alpha=alpha: len(published.encode(text, alpha=alpha)),
+                lambda lines, alpha=alpha: sum(len(published.encode(line, alpha=alpha)) for line in lines),
+            )
     except ImportError:
         print("left out: bytepiece", file=sys.stderr)
     try:
@@ -66,19 +79,29 @@ def encoders(tokenizer: BytePiece, folder: Path, corpus: list[str]) -> dict[str,
 
         to_sentencepiece(tokenizer, folder / "sentencepiece.model")
         piece = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
-        found["SentencePiece, same vocabulary"] = lambda lines: sum(map(len, piece.encode(lines, num_threads=1)))
-        found[f"SentencePiece, alpha {ALPHA}"] = lambda lines: sum(
-            map(len, piece.encode(lines, enable_sampling=True, alpha=ALPHA, nbest_size=-1, num_threads=1))
+        sampling = {"enable_sampling": True, "alpha": ALPHA, "nbest_size": -1}
+        found["SentencePiece, same vocabulary"] = (
+            lambda text: len(piece.encode(text)),
+            lambda lines: total(piece.encode(lines, num_threads=1)),
+        )
+        # The whole text at once takes it minutes.
+        found[f"SentencePiece, alpha {ALPHA:g}"] = (
+            lambda text: total(piece.encode(text.splitlines(keepends=True), num_threads=1, **sampling)),
+            lambda lines: total(piece.encode(lines, num_threads=1, **sampling)),
         )
     except ImportError:
         print("left out: sentencepiece", file=sys.stderr)
     unigram = to_tokenizers(tokenizer)
-    found["tokenizers Unigram, same vocabulary"] = lambda lines: sum(
-        len(row.ids) for row in unigram.encode_batch_fast(lines, add_special_tokens=False)
+    found["tokenizers Unigram, same vocabulary"] = (
+        lambda text: len(unigram.encode(text, add_special_tokens=False).ids),
+        lambda lines: sum(len(row.ids) for row in unigram.encode_batch_fast(lines, add_special_tokens=False)),
     )
     try:
         byte_pair = tiktoken_of(corpus, tokenizer.vocab_size)
-        found["tiktoken, BPE of the same size"] = lambda lines: len(byte_pair.encode_ordinary("".join(lines)))
+        found["tiktoken, BPE of the same size"] = (
+            lambda text: len(byte_pair.encode_ordinary(text)),
+            lambda lines: total(byte_pair.encode_ordinary_batch(lines, num_threads=1)),
+        )
     except ImportError:
         print("left out: tiktoken", file=sys.stderr)
     return found
@@ -104,23 +127,31 @@ def tiktoken_of(corpus: list[str], vocab_size: int):
 
 
 def table(found: dict[str, Encode], lines: list[str], repeats: int) -> list[str]:
-    size = len("".join(lines).encode())
-    times: dict[str, list[float]] = {name: [] for name in found}
-    counts = {name: encode(lines) for name, encode in found.items()}
+    text = "".join(lines)
+    size = len(text.encode())
+    runs = {(name, form): encode for name, both in found.items() for form, encode in enumerate(both) if encode}
+    inputs = (text, lines)
+    counts = {key: encode(inputs[key[1]]) for key, encode in runs.items()}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
     for _ in range(repeats):
-        for name, encode in found.items():
+        for key, encode in runs.items():
             start = time.process_time()
-            encode(lines)
-            times[name].append(time.process_time() - start)
-    ours = "danlu, ids as a list"
+            encode(inputs[key[1]])
+            times[key].append(time.process_time() - start)
     rows = [
-        "| tokenizer | MB/s (median) | bytes per token | danlu's lists are faster by (median of pairs) |",
-        "| --- | ---: | ---: | ---: |",
+        "| tokenizer | bytes per token | text whole, MB/s | danlu is faster by | as lines, MB/s | danlu is faster by |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, spent in times.items():
-        ratio = statistics.median(b / a for a, b in zip(times[ours], spent, strict=True))
-        speed = size / statistics.median(spent) / 1e6
-        rows.append(f"| {name} | {speed:.2f} | {size / counts[name]:.2f} | {ratio:.2f} |")
+    for name in found:
+        cells = [name, f"{size / counts[name, 0]:.2f}"]
+        for form in (0, 1):
+            if (name, form) not in times:
+                cells += ["", ""]
+                continue
+            ratios = (b / a for a, b in zip(times[OURS, form], times[name, form], strict=True))
+            speed = size / statistics.median(times[name, form]) / 1e6
+            cells += [f"{speed:.2f}", f"{statistics.median(ratios):.2f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
@@ -196,8 +227,8 @@ def main() -> None:
             "# Encoding speed",
             "",
             f"{options.megabytes:g} MB of Python source, {len(lines)} lines, vocabulary of {tokenizer.vocab_size}; "
-            f"one thread each, processor time, {options.repeats} interleaved repeats. danlu and tiktoken get the text "
-            "whole, the others its lines, which suits them better.",
+            f"one thread each, processor time, medians of {options.repeats} interleaved repeats, ids as lists unless",
+            "said otherwise.",
             "",
             *table(found, lines, options.repeats),
             "",

@@ -124,6 +124,17 @@ def viterbi_batch(data, offsets, first, last, links, scores, ended, longest, out
 
 
 @numba.njit(cache=True, nogil=True)
+def close_gaps(out, offsets, counts, first_id):
+    """Move what :func:`viterbi_batch` wrote together at the front, as ids from ``first_id``; returns how much it is."""
+    write = 0
+    for i in range(counts.size):
+        for k in range(offsets[i] + i, offsets[i] + i + counts[i]):
+            out[write] = out[k] + first_id
+            write += 1
+    return write
+
+
+@numba.njit(cache=True, nogil=True)
 def empty_ring(longest: int) -> np.ndarray:
     """Scratch for a longest piece of this many bytes."""
     size = 2

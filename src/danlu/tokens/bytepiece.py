@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from danlu.kernels.viterbi import close_gaps
 from danlu.tokens import sampling, storage, unicode
 from danlu.tokens.storage import RESERVED, Stored
 from danlu.tokens.unigram import Unigram, starts_of
@@ -210,18 +212,16 @@ class BytePiece:
             )
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        parts = [self._raw(item, f"texts[{i}]") for i, item in enumerate(texts)]
-        offsets = starts_of(np.fromiter(map(len, parts), np.int64, len(parts)))
-        data = np.frombuffer(b"".join(parts), np.uint8)
+        data, offsets = self._joined(texts)
         sampler = self.sampler(alpha)
         if sampler is None:
             out, counts = self.engine.segment_batch(data, offsets, threads)
         else:
-            out, counts = sampler.segment_batch(data, offsets, sampling.random_states(seed, len(parts)), threads)
-        out += len(RESERVED)
-        begins = offsets[:-1] + np.arange(len(parts))
+            out, counts = sampler.segment_batch(data, offsets, sampling.random_states(seed, len(texts)), threads)
+        ids = out[: close_gaps(out, offsets, counts, len(RESERVED))].tolist()
+        bounds = starts_of(counts).tolist()
         before, behind = [self.bos_id] * add_bos, [self.eos_id] * add_eos
-        rows = (out[b : b + n].tolist() for b, n in zip(begins.tolist(), counts.tolist(), strict=True))
+        rows = (ids[begin:end] for begin, end in itertools.pairwise(bounds))
         return [before + row + behind for row in rows] if before or behind else list(rows)
 
     def encode_with_offsets(
@@ -347,6 +347,17 @@ class BytePiece:
     def to_array(self, text: Text, what: str = "text") -> np.ndarray:
         """What is segmented: the UTF-8 bytes of the normalised text, or the bytes as given, (length,), uint8."""
         return np.frombuffer(self._raw(text, what), np.uint8)
+
+    def _joined(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """The texts one after another as bytes, and where each begins."""
+        # ASCII needs nothing done text by text.
+        whole = "".join(texts) if set(map(type, texts)) == {str} else ""  # type: ignore[arg-type]
+        if whole and whole.isascii():
+            return np.frombuffer(whole.encode(), np.uint8), starts_of(
+                np.fromiter(map(len, texts), np.int64, len(texts))
+            )
+        parts = [self._raw(item, f"texts[{i}]") for i, item in enumerate(texts)]
+        return np.frombuffer(b"".join(parts), np.uint8), starts_of(np.fromiter(map(len, parts), np.int64, len(parts)))
 
     def _raw(self, item: Text, what: str) -> bytes:
         if isinstance(item, str):
