@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from danlu.tokens.bytepiece import BytePiece
+    from danlu.tokens.unicode import is_utf8
+from danlu.tokens.bytepiece import BytePiece
 
 _LIMITS = (1, 2, 3, 4, 6, 9, 13, 19)
 
@@ -97,7 +98,7 @@ def vocabulary_facts(tokenizer: BytePiece, *, examples: int = 8) -> VocabularyFa
         multi_byte=len(multi),
         with_space=sum(b" " in piece for piece in multi),
         with_line_feed=sum(piece.endswith(b"\n") for piece in multi),
-        not_utf8=sum(not _is_utf8(piece) for piece in multi),
+        not_utf8=sum(not is_utf8(piece) for piece in multi),
         longest=longest_pieces(tokenizer, examples),
         lowest_score=float(scores.min()),
         highest_score=float(scores.max()),
@@ -123,11 +124,3 @@ def readable(piece: bytes) -> str:
     text = piece.replace(b"\\", b"\\\\").decode(errors="backslashreplace")
     names = {" ": "▁", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
     return "".join(names.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
-
-
-def _is_utf8(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -17,6 +17,7 @@ import numpy as np
 from danlu.kernels import usage
 from danlu.tokens.corpus import Shard
 from danlu.tokens.mapping import Arrays, Task, rules
+from danlu.tokens.unicode import is_utf8
 from danlu.tokens.unigram import Unigram, starts_of
 from danlu.tokens.vocabulary import Vocabulary
 
@@ -81,7 +82,7 @@ def refine(
         for joined, count in _frequent(current.pieces, pairs, min_count):
             if len(known) >= len(current) + int(_JOINED * size):
                 break
-            if len(joined) <= max_piece_length and joined not in known and (not ensure_unicode or _is_text(joined)):
+            if len(joined) <= max_piece_length and joined not in known and (not ensure_unicode or is_utf8(joined)):
                 known[joined] = count
         current = Vocabulary.sorted(known.items())
         while True:
@@ -119,14 +120,6 @@ def _frequent(pieces: Sequence[bytes], pairs: Pairs, min_count: int) -> Iterator
     order = order[tallies[order] >= min_count]
     for key, tally in zip(keys[order].tolist(), tallies[order].tolist(), strict=True):
         yield pieces[key >> 32] + pieces[key & 0xFFFFFFFF], tally
-
-
-def _is_text(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _without_the_least(vocabulary: Vocabulary, model: Unigram, counts: np.ndarray, size: int) -> Vocabulary:

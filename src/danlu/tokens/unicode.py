@@ -37,6 +37,15 @@ def to_utf8(text: str, what: str = "text") -> bytes:
         ) from None
 
 
+def is_utf8(data: bytes) -> bool:
+    """Whether bytes are whole characters."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def is_boundary(character: str) -> bool:
     """Whether normalisation never joins or reorders this character with what stands before it."""
     code = ord(character)
