@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from danlu.tokens.unicode import is_utf8
+
 if TYPE_CHECKING:
-    from danlu.tokens.unicode import is_utf8
-from danlu.tokens.bytepiece import BytePiece
+    from danlu.tokens.bytepiece import BytePiece
 
 _LIMITS = (1, 2, 3, 4, 6, 9, 13, 19)
 
