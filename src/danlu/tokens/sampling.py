@@ -57,17 +57,18 @@ def random_states(seed: int | Sequence[int] | None, count: int) -> np.ndarray:
         TypeError: not an integer.
         ValueError: negative, above 2**64 - 1, or not one per text.
     """
-    if seed is None:
-        seed = secrets.randbits(64)
-    seeds = [seed] * count if isinstance(seed, int | np.integer) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"seed must be one integer, or one for each of the {count} texts, got {len(seeds)}")
+    one = secrets.randbits(64) if seed is None else seed
+    if isinstance(one, int | np.integer):
+        seeds, streams = [one], np.arange(count, dtype=np.uint64)
+    else:
+        seeds, streams = list(one), np.zeros(1, np.uint64)
+        if len(seeds) != count:
+            raise ValueError(f"seed must be one integer, or one for each of the {count} texts, got {len(seeds)}")
     for item in seeds:
         if isinstance(item, bool) or not isinstance(item, int | np.integer):
             raise TypeError(f"seed must be an integer, got {item!r}")
         if not 0 <= item < 2**64:
             raise ValueError(f"seed must be in 0..2**64 - 1, got {item}")
-    streams = np.arange(count, dtype=np.uint64) if isinstance(seed, int | np.integer) else np.zeros(count, np.uint64)
     return _mixed(_mixed(np.array(seeds, dtype=np.uint64)) + streams * _STEP)
 
 
