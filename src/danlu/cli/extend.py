@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from danlu.cli.streams import progress_phases, wide_console
 
 if TYPE_CHECKING:
     from danlu.context.report import LengthReport, NeedleScore
@@ -88,7 +89,7 @@ def extend(
         wanted = _that_fit(wanted, len(ids), notes)
     hiding = _that_hold(wanted, needle_tokens(tokenizer), notes) if needle else []
     shared: dict[str, Any] = {"trained_length": trained, "first_token": start_token(tokenizer)}
-    with _progress() as phase:
+    with progress_phases() as phase:
         report = evaluate_lengths(
             host,
             ids,
@@ -209,30 +210,8 @@ def _save_config(report: LengthReport, stacks: Mapping[str, Any], config: Any, t
     return f"{label} for {longest} tokens as a configuration that needs no danlu: {path}"
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int, str], None]]]:
-    """A bar per phase on a terminal's stderr; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-
-        def phase(name: str) -> Callable[[int, int, str], None]:
-            task = bar.add_task(name, total=None)
-            return lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-        yield phase
-
-
 def _print(report: LengthReport, usage: list[str], paths: Mapping[str, Path], notes: list[str]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    # A table cut to a narrow pipe would lose columns; only a terminal's width is a limit.
-    if not console.is_terminal:
-        console.width = 200
+    console = wide_console()
     console.print(report.table())
     for line in report.verdict():
         console.print(line, markup=False)

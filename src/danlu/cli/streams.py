@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from danlu.tokens.bytepiece import BytePiece
 
 
@@ -55,16 +57,40 @@ def parse_size(text: str, option: str) -> int:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal's standard error; yields what to call with (done, total, what), total 0 for unknown."""
+def progress_phases() -> Iterator[Callable[[str], Callable[[int, int, str], None]]]:
+    """A bar per phase on a terminal's standard error; nothing elsewhere.
+
+    Yields what makes a phase, which is called with (done, total, what); total 0 is unknown.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total or None, description=what)
+
+        def phase(name: str) -> Callable[[int, int, str], None]:
+            task = bar.add_task(name, total=None)
+            return lambda done, total, what: bar.update(task, completed=done, total=total or None, description=what)
+
+        yield phase
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A single phase of :func:`progress_phases`."""
+    with progress_phases() as phase:
+        yield phase("")
+
+
+def wide_console() -> Console:
+    """Standard output for tables. One cut to a narrow pipe would lose columns; only a terminal's width is a limit."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    return console
 
 
 @contextmanager

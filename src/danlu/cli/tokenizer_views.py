@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from danlu.cli.streams import check_writable, load_tokenizer, parse_size, progress_bar
+from danlu.cli.streams import check_writable, load_tokenizer, parse_size, progress_bar, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,7 @@ def compare_command(
     if json_output:
         typer.echo(comparison.to_json())
         return
-    console = _console()
+    console = wide_console()
     console.print(comparison.table())
     for line in (*comparison.verdict(), *notes, f"Numbers: {paths[0]}, plot: {paths[1]}"):
         console.print(line, markup=False, soft_wrap=True)
@@ -150,7 +150,7 @@ def _segmented(tokenizer: BytePiece, text: str, alpha: float, samples: int, seed
 def _print_text(view: dict[str, Any]) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = wide_console()
     _print_pieces(console, view["pieces"])
     table = Table("piece", box=None, pad_edge=False)
     table.add_column("id", justify="right")
@@ -189,7 +189,7 @@ def _print_facts(facts: VocabularyFacts) -> None:
 
     from danlu.tokens.facts import readable
 
-    console = _console()
+    console = wide_console()
     of = max(1, facts.multi_byte)
     rows = {
         "ids": f"{facts.vocab_size:,}: 256 bytes, {facts.multi_byte:,} longer pieces, "
@@ -231,13 +231,3 @@ def _text(value: Any) -> Any:
     from danlu.tokens.facts import readable
 
     return readable(value)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    # A table cut to a narrow pipe would lose columns; only a terminal's width is a limit.
-    if not console.is_terminal:
-        console.width = 200
-    return console

@@ -75,9 +75,8 @@ def sample(data, begin, end, links, weights, ended, ring, state, out):
                     weight = here * weights[node]
                     total = ring[e & mask] + weight
                     ring[e & mask] = total
-                    if (
-                        uniform(state) * total <= weight
-                    ):  # always true for the first, since a uniform number is at most 1
+                    # Always true for the first, since a uniform number is at most 1.
+                    if uniform(state) * total <= weight:
                         out[e - begin] = node
                 node = follow(links, node, data, e, stop)
         log_total += math.log(ring[stop & mask])

@@ -10,8 +10,7 @@ import numpy as np
 
 from danlu.kernels.split import TAIL, count_parts, distinct_lengths
 from danlu.kernels.trie import LOW, build
-
-_PARTS = 4  # per worker; texts differ in what they cost
+from danlu.tokens.unigram import even_ranges, starts_of
 
 
 @dataclass(frozen=True)
@@ -163,11 +162,10 @@ class _Model:
 
         if not len(texts):
             return np.zeros(counts.size, np.int64)
-        size = np.cumsum(texts.lengths)
-        parts = 1 if self._workers == 1 or size[-1] < 1 << 16 else _PARTS * self._workers
-        cuts = np.searchsorted(size, size[-1] * np.arange(parts + 1) // parts)
-        cuts[0], cuts[-1] = 0, len(texts)
+        offsets = starts_of(texts.lengths)
+        if self._workers == 1 or offsets[-1] < 1 << 16:
+            return work(0, len(texts))
         total = np.zeros(counts.size, np.int64)
-        for part in self._pool.map(work, cuts[:-1].tolist(), cuts[1:].tolist()):
+        for part in self._pool.map(work, *even_ranges(offsets, self._workers)):
             total += part
         return total

@@ -86,7 +86,7 @@ class Unigram:
         """The part of a chunk without an end that no further byte can change.
 
         Args:
-            data: the bytes so far, without a line feed, uint8.
+            data: the bytes so far, with line feeds at their end only, uint8.
             score: score of the path up to the first of them.
 
         Returns:
@@ -107,11 +107,16 @@ def in_threads(work: Callable[[int, int], None], offsets: np.ndarray, threads: i
     if workers <= 1:
         work(0, documents)
         return
-    parts = 4 * workers  # documents differ in length; smaller parts even it out
-    cuts = np.searchsorted(offsets, offsets[0] + size * np.arange(parts + 1) // parts)
-    cuts[0], cuts[-1] = 0, documents
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, cuts[:-1].tolist(), cuts[1:].tolist()))
+        list(pool.map(work, *even_ranges(offsets, workers)))
+
+
+def even_ranges(offsets: np.ndarray, workers: int) -> tuple[list[int], list[int]]:
+    """First and one-past-last of ranges of texts with about equally many bytes, four for each worker."""
+    parts = 4 * workers  # texts differ in what they cost; smaller parts even it out
+    cuts = np.searchsorted(offsets, offsets[0] + (offsets[-1] - offsets[0]) * np.arange(parts + 1) // parts)
+    cuts[0], cuts[-1] = 0, offsets.size - 1
+    return cuts[:-1].tolist(), cuts[1:].tolist()
 
 
 def cores() -> int:
