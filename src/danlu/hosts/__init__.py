@@ -1,0 +1,1 @@
+"""How host models are built: their blocks, their matrices, what kind each parameter is."""

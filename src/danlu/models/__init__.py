@@ -1,0 +1,1 @@
+"""Residual paths and initialisation of host models."""

@@ -1,0 +1,1 @@
+"""Optimisers that need less memory, as ordinary PyTorch objects."""

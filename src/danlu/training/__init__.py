@@ -1,0 +1,1 @@
+"""Training from a recipe file with the host library's Trainer."""

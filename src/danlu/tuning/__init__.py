@@ -1,0 +1,1 @@
+"""Adapting and growing trained models."""
