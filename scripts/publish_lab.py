@@ -12,11 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
 BEGIN, END = "<!-- lab:begin", "<!-- lab:end"
 MARKS = {"holds": "**holds**", "holds in part": "holds in part", "does not hold here": "*does not hold here*"}
+
+
+HEAD = (
+    "# What the lab measured\n\nEvery claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` "
+    "shows them, each takes a few minutes. A claim that does not hold at this scale is listed like the others.\n"
+)
 
 
 def update_readme(text: str, verdicts: dict[str, str]) -> str:
@@ -49,30 +56,37 @@ def update_readme(text: str, verdicts: dict[str, str]) -> str:
     return head + BEGIN + "\n".join(lines) + END + tail
 
 
-def results_page(claims: list[dict[str, str]]) -> str:
-    """The results page of the documentation: per claim its statement, verdict, deciding numbers and figure."""
+def section(claim: dict[str, str]) -> str:
+    """One claim on the results page: statement, verdict, deciding numbers and figure."""
     parts = [
-        "# What the lab measured",
-        "Every claim below was re-run by `danlu lab run` on a small machine; `danlu lab list` shows them, each takes "
-        "a few minutes. A claim that does not hold at this scale is listed like the others.",
+        f"({claim['name']})=\n## {claim['title']}",
+        f"{claim['statement']} *({claim['source']})*",
+        f"{MARKS[claim['verdict']]}: {claim['summary']}",
     ]
-    for claim in claims:
-        parts += [
-            f"({claim['name']})=\n## {claim['title']}",
-            f"{claim['statement']} *({claim['source']})*",
-            f"{MARKS[claim['verdict']]}: {claim['summary']}",
-        ]
-        if claim["figure"]:
-            parts.append(f"![{claim['title']}](images/lab/{claim['name']}.png)")
+    if claim["figure"]:
+        parts.append(f"![{claim['title']}](images/lab/{claim['name']}.png)")
     return "\n\n".join(parts) + "\n"
 
 
-def publish(lab: Path, root: Path) -> list[str]:
-    """Copy everything.
+def published(page: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Sections and verdicts of a results page by claim."""
+    found = re.split(r"^\((\S+)\)=\n", page, flags=re.MULTILINE)[1:]
+    sections = {name: f"({name})=\n{text.rstrip()}\n" for name, text in zip(found[::2], found[1::2], strict=True)}
+    verdicts = {}
+    for name, text in sections.items():
+        for verdict, mark in MARKS.items():
+            if re.search(rf"^{re.escape(mark)}: ", text, flags=re.MULTILINE):
+                verdicts[name] = verdict
+    return sections, verdicts
+
+
+def publish(lab: Path, root: Path, order: list[str]) -> list[str]:
+    """Copy everything; claims that were not run keep what was published before.
 
     Args:
         lab: folder with ``results.json`` and ``figures``.
         root: the repository.
+        order: all claims, in the order of the page; others are dropped from it.
 
     Returns:
         Names of the claims that were published.
@@ -81,14 +95,17 @@ def publish(lab: Path, root: Path) -> list[str]:
         FileNotFoundError: the lab has not run.
     """
     claims = json.loads((lab / "results.json").read_text(encoding="utf-8"))["claims"]
-    readme = root / "README.md"
-    text = update_readme(readme.read_text(encoding="utf-8"), {claim["name"]: claim["verdict"] for claim in claims})
+    readme, results = root / "README.md", root / "docs" / "measured.md"
+    sections, verdicts = published(results.read_text(encoding="utf-8") if results.is_file() else "")
+    sections |= {claim["name"]: section(claim) for claim in claims}
+    verdicts |= {claim["name"]: claim["verdict"] for claim in claims}
+    text = update_readme(readme.read_text(encoding="utf-8"), verdicts)
     images = root / "docs" / "images" / "lab"
     images.mkdir(parents=True, exist_ok=True)
     for claim in claims:
         if claim["figure"]:
             shutil.copyfile(lab / claim["figure"], images / f"{claim['name']}.png")
-    (root / "docs" / "measured.md").write_text(results_page(claims), encoding="utf-8")
+    results.write_text("\n".join([HEAD, *(sections[name] for name in order if name in sections)]), encoding="utf-8")
     readme.write_text(text, encoding="utf-8")
     return [claim["name"] for claim in claims]
 
@@ -98,7 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the lab's results into README and docs.")
     parser.add_argument("--lab", type=Path, default=Path("build/lab"), help="folder that `danlu lab run` wrote")
     arguments = parser.parse_args()
-    names = publish(arguments.lab, Path(__file__).resolve().parents[1])
+    from danlu.lab import claims
+
+    names = publish(arguments.lab, Path(__file__).resolve().parents[1], list(claims()))
     print(f"published {len(names)} claims: {', '.join(names)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,28 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to fill, moved into its place when the block ends well, removed when it does not.
+
+    What was at ``path`` before is set aside first and deleted last, so that it is never mixed with the new files.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    new, old = temporary / "new", temporary / "old"
+    new.mkdir()
+    try:
+        yield new
+        if path.exists():
+            path.replace(old)
+        try:
+            new.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -60,8 +60,30 @@ def test_publish_writes_page_figures_and_readme(script, tmp_path):
     claim |= {"summary": "1 < 2.", "figure": "figures/a-claim.png"}
     (lab / "results.json").write_text(json.dumps({"claims": [claim]}))
 
-    assert script.publish(lab, root) == ["a-claim"]
+    assert script.publish(lab, root, ["a-claim"]) == ["a-claim"]
     assert (root / "docs/images/lab/a-claim.png").read_bytes() == b"picture"
     page = (root / "docs/measured.md").read_text()
     assert "## A" in page and "**holds**: 1 < 2." in page and "images/lab/a-claim.png" in page
     assert "| A | does a | `a-claim` | **holds** |" in (root / "README.md").read_text()
+
+
+def test_claims_that_were_not_run_keep_what_was_published(script, tmp_path):
+    lab, root = tmp_path / "lab", tmp_path / "root"
+    (root / "docs").mkdir(parents=True)
+    lab.mkdir()
+    (root / "README.md").write_text(README)
+    claim = {"title": "T", "source": "archive 1", "statement": "S.", "figure": ""}
+    old = [claim | {"name": "a-claim", "verdict": "holds", "summary": "first a"},
+           claim | {"name": "b-claim", "verdict": "does not hold here", "summary": "first b"},
+           claim | {"name": "gone", "verdict": "holds", "summary": "first c"}]  # fmt: skip
+    (lab / "results.json").write_text(json.dumps({"claims": old}))
+    order = ["b-claim", "a-claim"]
+    script.publish(lab, root, order)
+    before = (root / "docs/measured.md").read_text()
+    assert before.index("first b") < before.index("first a") and "first c" not in before
+    new = [claim | {"name": "a-claim", "verdict": "holds in part", "summary": "new a"}]
+    (lab / "results.json").write_text(json.dumps({"claims": new}))
+    assert script.publish(lab, root, order) == ["a-claim"]
+    after = (root / "docs/measured.md").read_text()
+    assert after == before.replace("**holds**: first a", "holds in part: new a")
+    assert "`b-claim`, `a-claim` | *does not hold here*, holds in part |" in (root / "README.md").read_text()

@@ -12,7 +12,13 @@ from typer.core import TyperGroup
 from danlu.cli.errors import is_user_error, one_sentence
 
 #: Subcommands and where their Typer applications live.
-COMMANDS = {"extend": "danlu.cli.extend:app", "lab": "danlu.cli.lab:app", "tokenizer": "danlu.cli.tokenizer:app"}
+COMMANDS = {
+    "extend": "danlu.cli.extend:app",
+    "grow": "danlu.cli.grow:app",
+    "lab": "danlu.cli.lab:app",
+    "tokenizer": "danlu.cli.tokenizer:app",
+    "train": "danlu.cli.train:app",
+}
 
 
 class LazyGroup(TyperGroup):

@@ -10,56 +10,10 @@ from typing import Any
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a folder or a hub name.
+    """The model and tokenizer that ``--model`` names; see ``danlu.hosts.loading.load_causal_lm``."""
+    from danlu.hosts.loading import load_causal_lm
 
-    Args:
-        name: folder with a ``config.json``, or a hub name.
-        device: ``auto`` (a GPU when there is one), or what ``torch.device`` takes.
-        dtype: ``auto`` (float32 on a CPU, the checkpoint's elsewhere), ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        ValueError: no such model, a damaged checkpoint, or an unknown device or dtype.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as host_logging
-
-    place = _device(device)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in dtypes:
-        raise ValueError(f"--dtype must be auto, {', '.join(dtypes)}, got {dtype!r}")
-    kind = dtypes.get(dtype, torch.float32 if place.type == "cpu" else "auto")
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"--model must be a folder with a config.json or a hub name, got {name}")
-    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model {name} does not exist")
-    host_logging.set_verbosity_error()
-    host_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except SafetensorError as error:
-        raise ValueError(f"the checkpoint in {name} is truncated or damaged ({error}): fetch it again") from error
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load a causal language model and its tokenizer from {name}: {first}") from error
-    return model.to(place).eval(), tokenizer
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ..., got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this machine has no CUDA GPU that torch can use")
-    return device
+    return load_causal_lm(name, device=device, dtype=dtype, argument="--model")
 
 
 def read_texts(names: Sequence[str]) -> str:

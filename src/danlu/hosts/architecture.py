@@ -133,6 +133,60 @@ class UnsupportedArchitecture(ValueError):
     """The model is not built in a way that is understood here."""
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Where the blocks of a model are, without a reading of what is in them (they may be quantised).
+
+    Args:
+        base: the part without the head.
+        name: dotted name of the list of blocks in ``base``.
+        blocks: the list itself.
+        norms: norms of ``base`` outside the blocks: after the embeddings (or none), after the last block (or none).
+    """
+
+    base: nn.Module
+    name: str
+    blocks: nn.ModuleList
+    norms: tuple[nn.Module | None, nn.Module | None]
+
+
+def find_blocks(model: Any) -> Stack:
+    """Find the list of blocks of a host model, whatever its projections are made of.
+
+    Args:
+        model: a ``transformers`` model with one stack of blocks.
+
+    Returns:
+        Base model, blocks and the norms around them. Where the list has none of the usual names, it is the longest
+        ``ModuleList`` of modules of one class.
+
+    Raises:
+        UnsupportedArchitecture: an encoder-decoder, cross-attention, no such list, or one that is not of the length
+            that the configuration says.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedArchitecture(f"model must have one stack of blocks, {type(model).__name__} has two")
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    names = {id(module): name for name, module in base.named_modules()}
+    try:
+        name, blocks = _block_list(base, names)
+    except UnsupportedArchitecture:
+        lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len({type(block) for block in m}) == 1]
+        if not lists:
+            raise
+        blocks = max(lists, key=len)
+        name = names[id(blocks)]
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if layers != len(blocks):
+        raise UnsupportedArchitecture(
+            f"model must have as many blocks as its configuration says, {type(model).__name__} has {len(blocks)} in "
+            f"{name} for num_hidden_layers={layers}"
+        )
+    if any(hasattr(block, part) for block in blocks for part in ("crossattention", "encoder_attn")):
+        raise UnsupportedArchitecture(f"model must have no cross-attention, got one in {name}")
+    return Stack(base, name, blocks, _outer_norms(base, blocks))
+
+
 def read_architecture(model: Any) -> Architecture:
     """Read how a host model is built.
 

@@ -33,15 +33,28 @@ def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator
         raise TypeError(f"source must be float32, got {source.dtype}")
     if target.shape != source.shape:
         raise ValueError(f"source must have the shape of target {tuple(target.shape)}, got {tuple(source.shape)}")
-    nearest = source.to(target.dtype)
+    draw = torch.rand(source.shape, generator=generator, device=source.device)
+    return target.copy_(rounded(source, target.dtype, draw))
+
+
+def rounded(source: Tensor, dtype: torch.dtype, draw: Tensor) -> Tensor:
+    """What ``stochastic_round_`` writes, given its draws: float32 in, half precision out, without checks.
+
+    Args:
+        source: float32, any shape.
+        dtype: bfloat16 or float16.
+        draw: uniform in [0, 1), the shape of ``source``.
+
+    Returns:
+        A new tensor.
+    """
+    nearest = source.to(dtype)
     error = source - nearest
     # Neighbours of one sign are neighbours as integers; zero steps to the smallest subnormal of the error's sign.
-    bits = nearest.view(torch.int16)
-    away = (error > 0) == (nearest > 0)
-    step = torch.where(away, 1, -1).to(torch.int16)
-    smallest = torch.where(error > 0, 1, -32767).to(torch.int16)
-    neighbour = torch.where(nearest == 0, smallest, bits + step).view(target.dtype)
+    up = error > 0
+    step = (up == (nearest > 0)).to(torch.int16) * 2 - 1
+    smallest = up.logical_not().to(torch.int16) * -32768 + 1
+    neighbour = torch.where(nearest == 0, smallest, nearest.view(torch.int16) + step).view(dtype)
     gap = (neighbour.float() - nearest.float()).abs()
-    draw = torch.rand(source.shape, generator=generator, device=source.device)
     moved = (draw * gap < error.abs()) & torch.isfinite(neighbour) & torch.isfinite(nearest)
-    return target.copy_(torch.where(moved, neighbour, nearest))
+    return torch.where(moved, neighbour, nearest)

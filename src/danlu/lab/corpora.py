@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from danlu.context.text import held_out_files, training_files
+from danlu.context.text import docstrings, held_out_files, prose_files, training_files
 
 
 @dataclass(frozen=True)
@@ -32,21 +30,8 @@ def code(train_bytes: int, test_bytes: int) -> Corpus:
 
 def english(train_bytes: int, test_bytes: int) -> Corpus:
     """English prose: documentation strings of the standard library and of packages that danlu needs, by module."""
-    files = [path for path in training_files() if "test" not in path.parts]
-    for package in ("numpy", "torch", "matplotlib", "transformers"):
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
-            files += sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
-    train: list[tuple[int, Path]] = []
-    test: list[tuple[int, Path]] = []
-    for i, path in enumerate(files):
-        # Every eighth module is held out; both lists mix all packages.
-        (train if i % 8 else test).append((i * 7919 % len(files), path))
-    return Corpus(
-        "English",
-        _cut((_docstrings(path) for _, path in sorted(train)), train_bytes),
-        _cut((_docstrings(path) for _, path in sorted(test)), test_bytes),
-    )
+    train, test = prose_files()
+    return Corpus("English", _cut(map(docstrings, train), train_bytes), _cut(map(docstrings, test), test_bytes))
 
 
 def chinese(train_bytes: int, test_bytes: int) -> Corpus:
@@ -79,15 +64,3 @@ def _cut(texts: Iterable[str], size: int) -> tuple[str, ...]:
         kept.append(text)
         size -= len(text.encode())
     return tuple(kept)
-
-
-def _docstrings(path: Path) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's strings
-            tree = ast.parse(_text(path))
-    except (SyntaxError, ValueError):
-        return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "".join(f"{text}\n\n" for text in found if text and " " in text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from danlu.files import replacing
 from danlu.lab.claim import Context
@@ -19,19 +19,22 @@ from danlu.lab.claim import Context
 logger = logging.getLogger("danlu.lab.training")
 
 Batch = Callable[[torch.Generator], dict[str, Any]]
+#: Of logits (tokens, vocabulary) and targets (tokens,), -100 where a token does not count.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 _MEMORY: dict[str, nn.Module] = {}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a cosine to zero after a short linear warm-up."""
+    """AdamW with a cosine to zero after a short linear warm-up; ``clip`` bounds the norm of the gradient."""
 
     steps: int = 1000
     batch: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 20
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -45,7 +48,13 @@ class Schedule:
 
 
 def train(
-    model: nn.Module, batches: Batch, schedule: Schedule, seed: int, context: Context, label: str = "training"
+    model: nn.Module,
+    batches: Batch,
+    schedule: Schedule,
+    seed: int,
+    context: Context,
+    label: str = "training",
+    loss_function: Loss = F.cross_entropy,
 ) -> list[float]:
     """Train in place and return the loss of every step; two runs with one seed give identical losses.
 
@@ -56,6 +65,7 @@ def train(
         seed: of the data.
         context: for its progress bar.
         label: text beside the bar.
+        loss_function: of the float32 logits and targets of a batch.
 
     Returns:
         One loss per step.
@@ -69,10 +79,10 @@ def train(
         inputs = batches(generator)
         targets = inputs.pop("targets")
         logits = model(**inputs).logits
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100)
+        loss = loss_function(logits.flatten(0, -2).float(), targets.flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimiser.step()
         rates.step()
         losses.append(loss.item())
