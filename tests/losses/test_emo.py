@@ -359,6 +359,12 @@ def test_confident_predictions_stay_finite_in_half_precision():
         loss = emo_loss(z, labels, table.to(dtype), mode=mode)
         (found,) = gradient(loss, z)
         assert loss.isfinite() and found.isfinite().all() and found[1].abs().max() > 0
+    # With orthogonal rows a sure and right token has CE = EMO = 0 exactly.
+    for mode, ratio in itertools.product(("mix1", "mix2"), ("released", "plain")):
+        z = logits.clone().requires_grad_()
+        loss = emo_loss(z, labels, torch.eye(V), mode=mode, ratio=ratio)
+        (found,) = gradient(loss, z)
+        assert loss.isfinite() and found.isfinite().all()
 
 
 def test_loss_scaling_reaches_float16_gradients():
@@ -407,6 +413,24 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none():
     with Products(), torch.no_grad():
         linear_emo_loss(hidden, weight, labels, table)
     assert len(Products.shapes) == 2
+
+
+def test_similarities_are_computed_once_for_each_distinct_label():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Rows(TorchDispatchMode):
+        seen: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mm and args[0].shape[1] == WIDTH:
+                self.seen.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    labels = torch.tensor([7, 1, 9, 1, 7, 9, 9, 1, 7, 7, 7, -100])
+    logits, table = random(12, V), random(V, WIDTH)
+    with Rows():
+        emo_loss(logits, labels, table, row_chunk=4)
+    assert Rows.seen == [2, 2, 1]  # 1 1 1 7 | 7 7 7 7 -> in chunks of 4 sorted rows: 1, 7 | 7, 9 | 9
 
 
 def test_a_second_backward_pass_is_right():

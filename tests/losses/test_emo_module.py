@@ -456,13 +456,14 @@ def test_two_processes_equal_one(tmp_path, way):
     (tmp_path / "run.py").write_text(SCRIPT)
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
+    done = subprocess.run(
         [*command, str(tmp_path / "run.py"), str(tmp_path), tests, way],
-        check=True,
         timeout=240,
         capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr[-3000:]
     twin = tiny_llama(tie_word_embeddings=False).train()
     loop(twin, twin.lm_head.weight.detach().clone(), mode="mix2")
     close(torch.load(tmp_path / "end.pt", weights_only=True), twin.state_dict(), atol=1e-5, rtol=1e-4)

@@ -234,6 +234,10 @@ def test_weights_that_cannot_be_trained_so_are_refused() -> None:
         LowRankOptimizer([nn.Parameter(torch.zeros(4, 4))], target_modules=["q"])
     with pytest.raises(ValueError, match="must have matrices to train, got LayerNorm"):
         LowRankOptimizer(nn.LayerNorm(4))
+    pair = nn.ModuleList([one_matrix(), one_matrix()])
+    pair[1].weight = nn.Parameter(pair[0].weight.data)
+    with pytest.raises(ValueError, match="1.weight must not share memory with 0.weight"):
+        LowRankOptimizer(pair, rank=2)
     table = nn.Embedding(5, 4, sparse=True)
     optimizer = sgd(table, target_modules="weight")
     table(torch.tensor([1])).sum().backward()

@@ -60,7 +60,7 @@ def test_states_are_stored_in_the_dtype_that_was_asked_for(dtype, error, tmp_pat
     cached = model.precompute(data, tmp_path, dtype=dtype)
     stored = cached[1]["features"]
     assert stored.dtype == getattr(torch, dtype) and stored.shape == (5, 5, 32)
-    exact = model._states(data, [1])[0]
+    exact = model._examples(data, [1])[0]
     assert ((stored.double() - exact).abs() / exact.abs().max()).max() < error
     assert model(**batch(model, cached, [0, 1])).loss.dtype == torch.float64
 
@@ -70,13 +70,13 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     whole = model.precompute(data, tmp_path / "whole", shard_tokens=12)
     calls = []
 
-    def stopping(dataset, part, states=model._states):
+    def stopping(dataset, part, states=model._examples):
         calls.append(part)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return states(dataset, part)
 
-    monkeypatch.setattr(model, "_states", stopping)
+    monkeypatch.setattr(model, "_examples", stopping)
     with pytest.raises(KeyboardInterrupt):
         model.precompute(data, tmp_path / "part", shard_tokens=12)
     names = {path.name for path in (tmp_path / "part").iterdir()}

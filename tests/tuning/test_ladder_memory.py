@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from danlu.lab.ladder import SavedForBackward
+from danlu.lab.backward_memory import SavedForBackward
 from danlu.tuning.ladder import LadderConfig, LadderModel
 
 D, DEPTH, LENGTH = 128, 8, 256

@@ -110,7 +110,7 @@ def trained(
     from safetensors import SafetensorError
     from safetensors.torch import load_model, save_model
 
-    with _seeded(seed):
+    with seeded(seed):
         model = build()
     path = context.cache / f"{key}.safetensors"
     if path.is_file():
@@ -128,7 +128,7 @@ def trained(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Host models draw their initial weights from the global state, which is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -74,9 +74,16 @@ class LowRankChange:
         return self._sites[weight]
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Refuse weights that cannot be changed so, see ``check_weight``."""
+        """Refuse weights that cannot be changed so, see ``check_weight``, and two parameters over one memory."""
+        places = {site.weight.data_ptr(): site.name for site in self.sites}
         for site in sites:
             check_weight(site, self.rank)
+            other = places.setdefault(site.weight.data_ptr(), site.name)
+            if other != site.name:
+                raise ValueError(
+                    f"{site.name} must not share memory with {other}, which is another parameter: each would overwrite "
+                    "the other's change; tie them by one nn.Parameter"
+                )
             out, inp = site.shape[-2:]
             self.scheme.check(out, inp, self.rank, site.name)
 

@@ -211,7 +211,7 @@ def _cancelling(noise: Tensor, dim: int, groups: Tensor, sizes: Tensor) -> Tenso
     mean = sums.index_select(dim, groups + 1) / n
     grouped = (sizes > 0).to(noise.dtype).reshape(sides)
     regained = torch.where(sizes > 1, (sizes / (sizes - 1).clamp(min=1)).sqrt(), torch.where(sizes == 0, 1.0, 0.0))
-    return noise.sub_(mean * grouped).mul_(regained.to(noise.dtype).reshape(sides))
+    return noise.add_(mean * grouped).mul_(regained.to(noise.dtype).reshape(sides))
 
 
 def head_sources(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
