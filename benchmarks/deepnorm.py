@@ -77,7 +77,7 @@ def main() -> None:
     lines = [
         "# A training step with DeepNorm against the plain residual",
         "",
-        f"{options.layers} layers of width {options.hidden}, batch {options.batch} x {options.length} tokens, forward and "
+        f"{options.layers} layers of width {options.hidden}, {options.batch} x {options.length} tokens, forward and "
         f"backward, {device}, {dtype}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; "
         f"{options.repeats} interleaved steps. `host` is the stock model: pre-norm for Llama and GPT-2, post-norm for "
         "BERT. Made by `benchmarks/deepnorm.py`.",

@@ -45,6 +45,33 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.methods import YaRN as YaRN
     from danlu.context.needle import needle_scores as needle_scores
     from danlu.context.stacks import parse_methods as parse_methods
+    from danlu.losses.emo import EMOLoss as EMOLoss
+    from danlu.losses.emo_functional import emo_loss as emo_loss
+    from danlu.losses.emo_functional import linear_emo_loss as linear_emo_loss
+    from danlu.losses.mixing import MixingSchedule as MixingSchedule
+    from danlu.models.deepnorm import apply_deepnorm as apply_deepnorm
+    from danlu.models.deepnorm import fold_alpha as fold_alpha
+    from danlu.models.deepnorm import load_deepnorm as load_deepnorm
+    from danlu.models.deepnorm import restore_deepnorm as restore_deepnorm
+    from danlu.models.deepnorm import vector_rate_groups as vector_rate_groups
+    from danlu.models.increments import check_increments as check_increments
+    from danlu.models.residual import DeepNormResidual as DeepNormResidual
+    from danlu.models.residual import PostNorm as PostNorm
+    from danlu.models.residual import PreNorm as PreNorm
+    from danlu.models.residual import deepnorm_constants as deepnorm_constants
+    from danlu.optim.folding import fold_in_backward as fold_in_backward
+    from danlu.optim.folding import fold_in_trainer as fold_in_trainer
+    from danlu.optim.gradient_solvers import solve_min_norm as solve_min_norm
+    from danlu.optim.gradient_solvers import solve_mixed as solve_mixed
+    from danlu.optim.gradient_solvers import solve_primary as solve_primary
+    from danlu.optim.groups import tiger_param_groups as tiger_param_groups
+    from danlu.optim.lion import Lion as Lion
+    from danlu.optim.low_rank import LowRankOptimizer as LowRankOptimizer
+    from danlu.optim.multitask import MultiTaskBackward as MultiTaskBackward
+    from danlu.optim.multitask_trainer import MultiTaskMixin as MultiTaskMixin
+    from danlu.optim.multitask_trainer import MultiTaskTrainer as MultiTaskTrainer
+    from danlu.optim.schedule import piecewise_linear as piecewise_linear
+    from danlu.optim.tiger import Tiger as Tiger
     from danlu.positions.base_check import check_base as check_base
     from danlu.positions.bound import max_length as max_length
     from danlu.positions.bound import recommended_base as recommended_base
@@ -60,6 +87,17 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.tokens.host import BytePieceTokenizer as BytePieceTokenizer
     from danlu.tokens.trainer import BytePieceTrainer as BytePieceTrainer
     from danlu.tokens.vocabulary import Vocabulary as Vocabulary
+    from danlu.training.recipe import load_recipe as load_recipe
+    from danlu.training.report import TrainingReport as TrainingReport
+    from danlu.training.run import run_recipe as run_recipe
+    from danlu.tuning.growth import grow as grow
+    from danlu.tuning.growth import verify_growth as verify_growth
+    from danlu.tuning.growth_state import grow_optimizer as grow_optimizer
+    from danlu.tuning.growth_state import symmetry_gap as symmetry_gap
+    from danlu.tuning.ladder import LadderModel as LadderModel
+    from danlu.tuning.ladder_cache import LadderFeatures as LadderFeatures
+    from danlu.tuning.ladder_cache import PadRight as PadRight
+    from danlu.tuning.ladder_config import LadderConfig as LadderConfig
 
 #: module -> the public names it defines
 _HOMES = {
@@ -88,6 +126,27 @@ _HOMES = {
     ),
     "danlu.context.needle": ("needle_scores",),
     "danlu.context.stacks": ("parse_methods",),
+    "danlu.losses.emo": ("EMOLoss",),
+    "danlu.losses.emo_functional": ("emo_loss", "linear_emo_loss"),
+    "danlu.losses.mixing": ("MixingSchedule",),
+    "danlu.models.deepnorm": (
+        "apply_deepnorm",
+        "fold_alpha",
+        "load_deepnorm",
+        "restore_deepnorm",
+        "vector_rate_groups",
+    ),
+    "danlu.models.increments": ("check_increments",),
+    "danlu.models.residual": ("DeepNormResidual", "PostNorm", "PreNorm", "deepnorm_constants"),
+    "danlu.optim.folding": ("fold_in_backward", "fold_in_trainer"),
+    "danlu.optim.gradient_solvers": ("solve_min_norm", "solve_mixed", "solve_primary"),
+    "danlu.optim.groups": ("tiger_param_groups",),
+    "danlu.optim.lion": ("Lion",),
+    "danlu.optim.low_rank": ("LowRankOptimizer",),
+    "danlu.optim.multitask": ("MultiTaskBackward",),
+    "danlu.optim.multitask_trainer": ("MultiTaskMixin", "MultiTaskTrainer"),
+    "danlu.optim.schedule": ("piecewise_linear",),
+    "danlu.optim.tiger": ("Tiger",),
     "danlu.positions.base_check": ("check_base",),
     "danlu.positions.bound": ("max_length", "recommended_base"),
     "danlu.positions.export": ("export_config",),
@@ -100,6 +159,14 @@ _HOMES = {
     "danlu.tokens.host": ("BytePieceTokenizer",),
     "danlu.tokens.trainer": ("BytePieceTrainer",),
     "danlu.tokens.vocabulary": ("Vocabulary",),
+    "danlu.training.recipe": ("load_recipe",),
+    "danlu.training.report": ("TrainingReport",),
+    "danlu.training.run": ("run_recipe",),
+    "danlu.tuning.growth": ("grow", "verify_growth"),
+    "danlu.tuning.growth_state": ("grow_optimizer", "symmetry_gap"),
+    "danlu.tuning.ladder": ("LadderModel",),
+    "danlu.tuning.ladder_cache": ("LadderFeatures", "PadRight"),
+    "danlu.tuning.ladder_config": ("LadderConfig",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

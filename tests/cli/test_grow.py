@@ -103,7 +103,7 @@ def test_an_existing_folder_is_replaced_only_when_told(model, tmp_path):
         (("--hidden-size", 16), ("hidden_size must be at least 32, the model's own, got 16",)),
         (("--heads", 5), ("multiple of num_key_value_heads, got 5 and 2",)),
         ((), ("nothing grows",)),
-        (("--hidden-size", 64, "--symmetry", "gaussian"), ("not exact", "allow_lossy")),
+        (("--hidden-size", 64, "--symmetry", "independent"), ("not exact", "allow_lossy")),
         (("--layers", 3, "--placement", "middle"), ("placement must be",)),
         (("--layers", 3, "--dtype", "int8"), ("--dtype must be auto",)),
     ],

@@ -47,6 +47,13 @@ def start():
     return dist.get_rank(), dist.get_world_size()
 
 
+def finish():
+    """Leave without tearing down: gloo's threads abort a finished process now and then."""
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def whole(tensor):
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
@@ -75,7 +82,7 @@ optimizer.step()
 keep(model, optimizer, rank, f"{sys.argv[1]}/nan")
 handle.remove()
 assert model.require_backward_grad_sync
-dist.destroy_process_group()
+finish()
 """
 
 SHARDED = """
@@ -113,17 +120,53 @@ model(torch.tensor([rank])).sum().backward()
 model[1].weight.grad.to_local().view(-1)[:1].mul_(float("nan") if rank else 1.0)
 again.step()
 torch.save([before["1.weight"], whole(model[1].weight)], f"{sys.argv[1]}/nan.{rank}")
-dist.destroy_process_group()
+finish()
 """
 
 
-def launch(script: str, folder: Path) -> None:
+TRAINER = """
+sys.path.insert(0, os.environ["TESTS"])
+from reference.tiny import tiny_llama
+from transformers import Trainer, TrainingArguments
+from danlu.optim.folding import fold_in_trainer
+
+ends = []
+for folded in (False, True):
+    model = tiny_llama().double()
+    rows = torch.randint(257, (24, 12), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        output_dir=sys.argv[1], use_cpu=True, per_device_train_batch_size=2 // int(os.environ["WORLD_SIZE"]),
+        report_to=[], disable_tqdm=True, gradient_accumulation_steps=3, max_steps=4, save_strategy="no",
+        max_grad_norm=0.0, seed=3,
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        optimizer_cls_and_kwargs=(Tiger, {"params": tiger_param_groups(model), "lr": 0.01}),
+    )
+    if folded:
+        fold_in_trainer(trainer)
+    trainer.train()
+    ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+torch.save(ends, f"{sys.argv[1]}/{os.environ['WORLD_SIZE']}.{os.environ['RANK']}")
+"""
+
+
+def launch(script: str, folder: Path, processes: int = 2) -> None:
     path = folder / "script.py"
     path.write_text(SETTING + script, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, folder]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        processes,
+        path,
+        folder,
+    ]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TESTS": str(Path(__file__).parents[1])}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -168,6 +211,15 @@ def test_sharded_equals_one_process_on_the_whole_batch(tmp_path):
     assert_all_near(torch.load(tmp_path / "loaded.1"), expected)
     before, after = torch.load(tmp_path / "nan.0")
     assert torch.allclose(after, 0.99 * before, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_trainer_on_two_processes_equals_one_folded_or_not(tmp_path):
+    ends = []
+    for processes in (1, 2):
+        launch(TRAINER, tmp_path, processes)
+        ends += torch.load(tmp_path / f"{processes}.0")
+    assert all(torch.allclose(end, ends[0], atol=1e-12, rtol=0) for end in ends[1:])
 
 
 def test_flattened_parameters_are_refused():

@@ -1,15 +1,15 @@
 """Tiger folded into the backward pass: the same steps, less memory, inside the host's Trainer."""
 
-import logging
-
 import pytest
 import torch
 from torch import nn
 
+from danlu.kernels.signs import apply
 from danlu.optim.folding import fold_in_backward, fold_in_trainer
 from danlu.optim.groups import tiger_param_groups
 from danlu.optim.lion import Lion
 from danlu.optim.tiger import Tiger
+from danlu.optim.windows import Item
 from reference.tiny import tiny_llama
 
 
@@ -128,7 +128,7 @@ def test_bad_micro_batches_are_left_out_as_without_folding(wrong):
 
 @pytest.mark.parametrize("rule", ["rms", "row_rms"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_way_of_other_devices_gives_the_same(dtype, rule, monkeypatch):
+def test_the_way_of_other_devices_gives_the_same(dtype, rule):
     """On a device whose flags are dear to read, the same is done without reading any."""
     ends = []
     for unread in (False, True):
@@ -142,10 +142,7 @@ def test_the_way_of_other_devices_gives_the_same(dtype, rule, monkeypatch):
             gradient[0, 0] = float("nan") if place in (0, 4) else 1.0
             with torch.no_grad():
                 if unread:
-                    from danlu.kernels.signs import apply
-                    from danlu.optim.tiger import _Item
-
-                    apply(optimizer._fold_unread(_Item(parameter, group, 0, gradient), gradient))
+                    apply(optimizer._fold_unread(Item(parameter, group, 0, gradient), gradient))
                 else:
                     optimizer._fold(parameter, gradient, group, 0)
             optimizer.step()
@@ -235,18 +232,20 @@ def weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_trainer_folded_equals_trainer_and_resumes_to_the_bit(tmp_path, caplog):
-    ends = {}
+def test_trainer_folded_equals_trainer_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    ends, folds = {}, []
+    fold = Tiger._fold
+    monkeypatch.setattr(Tiger, "_fold", lambda self, *rest: folds.append(0) or fold(self, *rest))
     for folded in (False, True):
         made = trainer(tmp_path / str(folded), folded=folded)
         made.train()
+        assert len(folds) == folded * 48 * len(list(made.model.parameters()))
         ends[folded] = weights(made.model)
         assert made.state.global_step == 12
         assert all(parameter.grad is None for parameter in made.model.parameters())
     assert torch.allclose(ends[False], ends[True], atol=1e-12)
     again = trainer(tmp_path / "True", folded=True)
-    with caplog.at_level(logging.WARNING):
-        again.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-8"))
+    again.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-8"))
     assert torch.equal(weights(again.model), ends[True])
 
 

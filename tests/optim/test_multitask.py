@@ -318,7 +318,9 @@ def test_a_window_of_accumulation_combines_the_summed_gradients(model, method):
         losses, _ = model.losses(batch(12)[4 * part : 4 * part + 4])
         result = mt.backward(losses[0] / 3, [loss / 3 for loss in losses[1:]], last=part == 2)
         assert (result is None) == (part < 2)
-    torch.testing.assert_close(gradient(params), expected_step(method, M, torch.stack(whole).detach()), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(
+        gradient(params), expected_step(method, M, torch.stack(whole).detach()), atol=1e-12, rtol=1e-10
+    )
     torch.testing.assert_close(result.losses, torch.stack(whole).detach())
 
 

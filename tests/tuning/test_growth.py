@@ -380,8 +380,16 @@ def test_scores_stay_at_every_distance(rotated):
         ("gpt2", {"hidden_size": 96, "widening": "pad"}, "by padding: a LayerNorm needs a centred table"),
         ("llama", {"hidden_size": 60, "widening": "repeat"}, "not exact: hidden_size 48 -> 60 by uneven copies"),
         ("bert", {"num_hidden_layers": 3}, "num_hidden_layers: a new block of a post-norm model normalises its input"),
-        ("llama", {"hidden_size": 96, "symmetry": "gaussian"}, "symmetry='gaussian': its noise changes the outputs"),
-        ("llama", {"hidden_size": 96, "symmetry": "random"}, "symmetry must be one of antisymmetric, none, gaussian"),
+        (
+            "llama",
+            {"hidden_size": 96, "symmetry": "independent"},
+            "symmetry='independent': its noise changes the outputs",
+        ),
+        (
+            "llama",
+            {"hidden_size": 96, "symmetry": "random"},
+            "symmetry must be one of antisymmetric, none, independent",
+        ),
         ("llama", {"hidden_size": 96, "noise": -1.0}, "noise must be a finite number of at least 0, got -1.0"),
         ("llama", {"hidden_size": 96, "widening": "tile"}, "widening must be 'auto', 'repeat' or 'pad', got 'tile'"),
         ("llama", {"num_hidden_layers": 3, "placement": "start"}, "placement must be 'even', 'end' or the places"),
@@ -460,7 +468,7 @@ def test_lossy_growth_is_named_and_logged(caplog):
     assert "uneven copies" in caplog.text and "post-norm" in caplog.text
     assert grown.config.hidden_size == 60
     assert verify_growth(model, grown, tokens()).relative_error > 1e-3
-    noisy = grow(build("llama"), hidden_size=96, symmetry="gaussian", noise=0.01, allow_lossy=True)
+    noisy = grow(build("llama"), hidden_size=96, symmetry="independent", noise=0.01, allow_lossy=True)
     assert 1e-3 < verify_growth(build("llama"), noisy, tokens()).relative_error < 0.5
 
 

@@ -224,6 +224,13 @@ def test_the_backbone_keeps_no_gradient_and_does_not_change():
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.backbone.modules())
 
 
+def test_blocks_get_no_gradient_even_when_someone_thaws_them():
+    model = ladder(llama())
+    model.backbone.requires_grad_(True)
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is None for p in model.backbone.model.parameters())
+
+
 def test_dropout_of_the_backbone_is_always_off():
     model = ladder(gpt2(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
     expected = model(tokens()).logits

@@ -115,6 +115,12 @@ def test_a_cache_can_be_cropped_and_its_parts_are_written_apart():
         cache.update(torch.zeros(1), torch.zeros(1), 0)
 
 
+def test_a_side_block_attends_as_the_layer_that_feeds_it():
+    model = ladder(gemma2, layers=(1, 2))
+    assert model.side_config.layer_types == ["full_attention", "sliding_attention"]
+    assert [rung.block.self_attn.sliding_window for rung in model.side.rungs] == [None, 5]
+
+
 def test_generation_settings_come_from_the_backbone():
     backbone = llama()
     backbone.generation_config.eos_token_id = 7

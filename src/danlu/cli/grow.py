@@ -40,7 +40,7 @@ def grow(
         str, typer.Option(help="How the hidden size grows: repeat, pad, or auto (repeat where the sizes divide).")
     ] = "auto",
     symmetry: Annotated[
-        str, typer.Option(help="What sets copies apart: antisymmetric (exact), none, or gaussian (lossy).")
+        str, typer.Option(help="What sets copies apart: antisymmetric (exact), none, or independent (lossy).")
     ] = "antisymmetric",
     noise: Annotated[float, typer.Option(help="Size of that noise, relative to the weights.")] = 1.0,
     allow_lossy: Annotated[

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Sums may be reordered and products fused; NaN and infinities keep their meaning.
 _FAST = {"reassoc", "contract", "nsz"}
-_BLOCK = 1 << 12
+_BLOCK = 1 << 11
 #: Elements per thread below which another thread does not pay.
 _WORTH = 1 << 17
 
@@ -63,26 +63,39 @@ def _move(p, m, keep, rate, zero):
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
-def _move_ahead(p, m, g, look, keep, rate, zero):
+def _feed_and_move(p, m, g, decay, keep, rate, zero):
+    for i in range(p.size):
+        v = decay * m[i] + g[i]
+        m[i] = v
+        p[i] = keep * p[i] - (rate if v > zero else (-rate if v < zero else zero))
+
+
+@numba.njit(cache=True, nogil=True, fastmath=_FAST)
+def _move_ahead(p, m, g, look, decay, keep, rate, zero):
     for i in range(p.size):
         v = look * m[i] + g[i]
+        m[i] = decay * m[i] + g[i]
         p[i] = keep * p[i] - (rate if v > zero else (-rate if v < zero else zero))
 
 
 @numba.njit(cache=True, nogil=True)
+def _update(p, m, g, fed, look, decay, keep, rate, zero):
+    """One loop over all operands, since a loop over fewer waits for memory longer."""
+    if not fed:
+        _move(p, m, keep, rate, zero)
+    elif look == decay:
+        _feed_and_move(p, m, g, decay, keep, rate, zero)
+    else:
+        _move_ahead(p, m, g, look, decay, keep, rate, zero)
+
+
+@numba.njit(cache=True, nogil=True)
 def _flat(p, m, g, fed, look, decay, keep, rate, zero):
-    """One block at a time: each operand comes from memory once, whatever is done with it."""
+    """Squares are summed while a block is in the cache."""
     total = 0.0
-    ahead = fed and look != decay
     for start in range(0, p.size, _BLOCK):
-        part, momentum = p[start : start + _BLOCK], m[start : start + _BLOCK]
-        gradient = g[start : start + _BLOCK]
-        if ahead:
-            _move_ahead(part, momentum, gradient, look, keep, rate, zero)
-        if fed:
-            _feed(momentum, gradient, decay)
-        if not ahead:
-            _move(part, momentum, keep, rate, zero)
+        part = p[start : start + _BLOCK]
+        _update(part, m[start : start + _BLOCK], g[start : start + _BLOCK], fed, look, decay, keep, rate, zero)
         total += _block_squares(part, zero)
     return total
 
@@ -90,13 +103,10 @@ def _flat(p, m, g, fed, look, decay, keep, rate, zero):
 @numba.njit(cache=True, nogil=True)
 def _rows(p, m, g, fed, moved, look, decay, keep, rate, zero):
     for row in range(m.shape[0]):
-        ahead = fed and look[row] != decay[row]
-        if moved and ahead:
-            _move_ahead(p[row], m[row], g[row], look[row], keep[row], rate[row], zero)
-        if fed:
+        if moved and rate[row] != zero:
+            _update(p[row], m[row], g[row], fed, look[row], decay[row], keep[row], rate[row], zero)
+        elif fed:
             _feed(m[row], g[row], decay[row])
-        if moved and not ahead and rate[row] != zero:
-            _move(p[row], m[row], keep[row], rate[row], zero)
 
 
 @numba.njit(cache=True, nogil=True)

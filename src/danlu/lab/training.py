@@ -27,14 +27,13 @@ _MEMORY: dict[str, nn.Module] = {}
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a cosine to zero after a short linear warm-up; ``clip`` bounds the norm of the gradient."""
+    """AdamW with a cosine to zero after a short linear warm-up."""
 
     steps: int = 1000
     batch: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 20
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -55,6 +54,7 @@ def train(
     context: Context,
     label: str = "training",
     loss_function: Loss = F.cross_entropy,
+    groups: list[dict[str, Any]] | None = None,
 ) -> list[float]:
     """Train in place and return the loss of every step; two runs with one seed give identical losses.
 
@@ -66,12 +66,15 @@ def train(
         context: for its progress bar.
         label: text beside the bar.
         loss_function: of the float32 logits and targets of a batch.
+        groups: parameter groups with peak learning rates of their own, in place of all parameters at one rate.
 
     Returns:
         One loss per step.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimiser = torch.optim.AdamW(
+        model.parameters() if groups is None else groups, schedule.learning_rate, weight_decay=schedule.weight_decay
+    )
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.factor)
     losses = []
     model.train()
@@ -82,7 +85,7 @@ def train(
         loss = loss_function(logits.flatten(0, -2).float(), targets.flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         rates.step()
         losses.append(loss.item())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from danlu.kernels.signs import SignUpdate, apply, is_finite, sum_of_squares
 from danlu.optim.groups import tiger_param_groups
-from danlu.optim.momentum import SignMomentum, check_number, checked_gradient, evaluated, local, shard_dims, shard_of
+from danlu.optim.momentum import SignMomentum, check_number, checked_gradient, evaluated, local
 from danlu.optim.schedule import piecewise_linear
-from danlu.optim.windows import Facts, facts_of, row_rms, touched_rows
+from danlu.optim.windows import Facts, Item, beta_where, facts_of, row_decay, row_rms
 
 __all__ = ["Tiger", "tiger_param_groups"]
 
@@ -23,23 +22,6 @@ logger = logging.getLogger("danlu.optim")
 
 RULES = ("auto", "rms", "row_rms", "half", "plain")
 NONFINITE = ("shrink", "skip", "raise")
-
-
-@dataclass(slots=True)
-class _Item:
-    """One parameter in one call of ``step``."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    index: int
-    gradient: Tensor | None
-
-    @property
-    def rule(self) -> str:
-        rule: str = self.group["rule"]
-        if rule == "auto":
-            return "rms" if self.parameter.ndim > 1 else "half"
-        return rule
 
 
 class Tiger(SignMomentum):
@@ -192,26 +174,29 @@ class Tiger(SignMomentum):
         # Reading a flag is free on the CPU, so each tensor is measured and updated while it is in the cache. Elsewhere,
         # across ranks, and where an error must come before any change, all are measured first.
         apart = self.nonfinite != "raise" and self.foreach is not True
-        apart = apart and all(i.parameter.device.type == "cpu" and not shard_dims(i.parameter) for i in items)
+        apart = apart and all(item.parameter.device.type == "cpu" and item.shard is None for item in items)
+        multiplier = 1.0
+        if self.schedule is not None and boundary:
+            multiplier = piecewise_linear(self.schedule)(self.param_groups[0]["step"])
         for batch in [[item] for item in items] if apart else [items]:
-            self._advance(batch, boundary)
+            self._advance(batch, boundary, multiplier)
         for group in self.param_groups:
             group["micro"] = micro % self.accumulation_steps
             group["step"] += boundary
         return loss
 
-    def _items(self) -> Iterator[_Item]:
+    def _items(self) -> Iterator[Item]:
         index = -1
         for group in self.param_groups:
             for parameter in group["params"]:
                 index += 1
                 gradient = parameter.grad
                 if gradient is not None:
-                    yield _Item(parameter, group, index, local(checked_gradient(parameter, gradient)))
+                    yield Item(parameter, group, index, local(checked_gradient(parameter, gradient)))
                 elif "arrived" in self.state[parameter]:
-                    yield _Item(parameter, group, index, None)
+                    yield Item(parameter, group, index, None)
 
-    def _advance(self, batch: list[_Item], boundary: bool) -> None:
+    def _advance(self, batch: list[Item], boundary: bool, multiplier: float) -> None:
         """Take the gradients of a batch of parameters, shrink what was not finite, and step at the end of a window."""
         measured = facts_of(
             [item.parameter for item in batch],
@@ -223,7 +208,7 @@ class Tiger(SignMomentum):
             for item, facts in zip(batch, measured, strict=True):
                 self._raise_if(not facts.finite, item)
         updates: list[SignUpdate] = []
-        stepped: list[_Item | None] = []
+        stepped: list[Item | None] = []
         for item, facts in zip(batch, measured, strict=True):
             state = self.state[item.parameter]
             update = self._fed(item, facts)
@@ -234,7 +219,7 @@ class Tiger(SignMomentum):
                     again = sum_of_squares(local(item.parameter))
                     facts.squares = facts_of([item.parameter], [None], [None], [again])[0].squares
             if boundary and facts.folded:
-                updates.append(self._stepped(item, facts, update))
+                updates.append(self._stepped(item, facts, update, multiplier))
                 stepped.append(item)
             elif update is not None:
                 updates.append(update)
@@ -248,18 +233,18 @@ class Tiger(SignMomentum):
             if self.accumulation_steps > 1:
                 item.parameter.grad = None
         for found, square in zip(stepped, self._apply(updates), strict=True):
-            if found is not None and square is not None and not shard_dims(found.parameter):
+            if found is not None and square is not None and found.shard is None:
                 parameter = found.parameter
                 self._squares[id(parameter)] = (parameter._version, parameter.data_ptr(), square)
 
-    def _known_squares(self, item: _Item) -> float | Tensor:
+    def _known_squares(self, item: Item) -> float | Tensor:
         parameter = item.parameter
         version, address, square = self._squares.get(id(parameter), (-1, -1, 0.0))
-        if version == parameter._version and address == parameter.data_ptr() and not shard_dims(parameter):
+        if version == parameter._version and address == parameter.data_ptr() and item.shard is None:
             return square
         return sum_of_squares(local(parameter))
 
-    def _fed(self, item: _Item, facts: Facts) -> SignUpdate | None:
+    def _fed(self, item: Item, facts: Facts) -> SignUpdate | None:
         """Feeding the gradient to the momentum, or none if there is none that is finite; counts it."""
         state, group = self.state[item.parameter], item.group
         count = state.get("arrived", 0)
@@ -271,27 +256,18 @@ class Tiger(SignMomentum):
             return None
         decay: float | Tensor = 1.0 if facts.folded else float(group["beta"])
         if item.rule == "row_rms" and group["lazy_rows"]:
-            decay = self._rows(item.parameter, item.gradient, group["beta"])
+            decay = row_decay(state, item.gradient, group["beta"])
         facts.folded += 1
-        noise = self._noise(group["step"], item.index, shard_of(item.parameter))
+        noise = self._noise(group["step"], item.index, item.shard or 0)
         momentum = local(self._momentum(item.parameter))
         return SignUpdate(None, momentum, item.gradient, decay, decay, noise=noise, count=count)
 
-    def _rows(self, parameter: Tensor, gradient: Tensor, beta: float) -> Tensor:
-        """Factor of the momentum for each row, (rows, 1); marks the rows that now have a gradient in this window."""
-        state = self.state[parameter]
-        touched = touched_rows(gradient)
-        seen = state.get("rows")
-        first = touched if seen is None else touched & ~seen
-        state["rows"] = touched if seen is None else seen | touched
-        return _beta_where(first, beta, gradient)[:, None]
-
-    def _stepped(self, item: _Item, facts: Facts, update: SignUpdate | None) -> SignUpdate:
+    def _stepped(self, item: Item, facts: Facts, update: SignUpdate | None, multiplier: float) -> SignUpdate:
         """The same update with the step along the sign."""
         parameter, group = item.parameter, item.group
-        alpha = float(group["lr"]) * (1.0 if self.schedule is None else piecewise_linear(self.schedule)(group["step"]))
+        alpha = float(group["lr"]) * multiplier
         if update is None:
-            noise = self._noise(group["step"], item.index, shard_of(parameter))
+            noise = self._noise(group["step"], item.index, item.shard or 0)
             update = SignUpdate(None, local(self._momentum(parameter)), None, noise=noise)
         rate: float | Tensor = alpha
         if item.rule == "rms":
@@ -315,7 +291,7 @@ class Tiger(SignMomentum):
 
     def _fold(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], index: int) -> None:
         """Take one gradient inside the backward pass: it is fed to the momentum, and theta stays until ``step``."""
-        item = _Item(parameter, group, index, local(checked_gradient(parameter, gradient)))
+        item = Item(parameter, group, index, local(checked_gradient(parameter, gradient)))
         state, fed = self.state[parameter], item.gradient
         if fed is None or fed.device.type == "cpu":
             window = state.get("window")
@@ -328,7 +304,7 @@ class Tiger(SignMomentum):
         if update is not None:
             apply(update, loops=self.fused is not False, compiled=bool(self.fused))
 
-    def _fold_unread(self, item: _Item, gradient: Tensor) -> SignUpdate:
+    def _fold_unread(self, item: Item, gradient: Tensor) -> SignUpdate:
         """The same without reading anything back from the device, which would stop the backward pass."""
         state, group = self.state[item.parameter], item.group
         good = torch.as_tensor(is_finite(gradient), device=gradient.device)
@@ -337,23 +313,23 @@ class Tiger(SignMomentum):
         gradient.masked_fill_(~good, 0.0)
         window = state.get("window", torch.zeros(2, dtype=torch.int64, device=gradient.device))
         if item.rule == "row_rms" and group["lazy_rows"]:
-            decay = self._rows(item.parameter, gradient, group["beta"])
+            decay = row_decay(state, gradient, group["beta"])
         else:
-            decay = _beta_where(good & (window[0] == 0), group["beta"], gradient)
+            decay = beta_where(good & (window[0] == 0), group["beta"], gradient)
         state["window"] = window + torch.stack([good, ~good])
         count, state["arrived"] = state.get("arrived", 0), state.get("arrived", 0) + 1
-        noise = self._noise(group["step"], item.index, shard_of(item.parameter))
+        noise = self._noise(group["step"], item.index, item.shard or 0)
         momentum = local(self._momentum(item.parameter))
         return SignUpdate(None, momentum, gradient, decay, decay, noise=noise, count=count)
 
-    def _raise_if(self, wrong: bool, item: _Item) -> None:
+    def _raise_if(self, wrong: bool, item: Item) -> None:
         if wrong and self.nonfinite == "raise":
             raise FloatingPointError(
                 f"the gradient of parameter {item.index}, shape {tuple(item.parameter.shape)}, is not finite; "
                 "nonfinite='shrink' goes on without it"
             )
 
-    def _warn_if(self, wrong: bool, item: _Item) -> None:
+    def _warn_if(self, wrong: bool, item: Item) -> None:
         if wrong and not self._warned:
             self._warned = True
             logger.warning(
@@ -362,9 +338,3 @@ class Tiger(SignMomentum):
                 item.index,
                 tuple(item.parameter.shape),
             )
-
-
-def _beta_where(first: Tensor, beta: float, gradient: Tensor) -> Tensor:
-    """The decay of what has its first gradient of a window, and 1 for the rest."""
-    one = torch.ones((), dtype=torch.promote_types(gradient.dtype, torch.float32), device=gradient.device)
-    return torch.where(first, one * beta, one)

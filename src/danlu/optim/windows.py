@@ -11,9 +11,28 @@ import torch
 from torch import Tensor
 
 from danlu.kernels.signs import is_finite
-from danlu.optim.momentum import local, shard_dims
+from danlu.optim.momentum import local, shard_dims, shard_of
 
 _ROWS_AT_ONCE = 1 << 18  # elements
+
+
+@dataclass(slots=True)
+class Item:
+    """One parameter in one call of ``step``."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    index: int
+    gradient: Tensor | None
+    rule: str = ""
+    shard: int | None = None  # number of this rank's part; none for a tensor that is whole
+
+    def __post_init__(self) -> None:
+        self.rule = self.group["rule"]
+        if self.rule == "auto":
+            self.rule = "rms" if self.parameter.ndim > 1 else "half"
+        if shard_dims(self.parameter):
+            self.shard = shard_of(self.parameter)
 
 
 @dataclass(slots=True)
@@ -46,6 +65,11 @@ def facts_of(
         Facts of each whole parameter.
     """
     finite = [True if gradient is None else is_finite(gradient) for gradient in gradients]
+    if len(parameters) == 1 and windows[0] is None and isinstance(squares[0], float) and finite[0] is True:
+        facts = [Facts(True, squares[0], 0, 0)]  # the usual case of a parameter on the CPU, which needs no more
+        if across:
+            _add_shards(parameters, facts)
+        return facts
     counts = [0 if window is None else window[place] for place in (0, 1) for window in windows]
     numbers = _numbers([*finite, *squares, *counts])
     size = len(parameters)
@@ -60,6 +84,21 @@ def touched_rows(gradient: Tensor) -> Tensor:
     """Which rows of a table (rows, width) have an entry that is not zero: (rows,), bool."""
     rows = max(1, _ROWS_AT_ONCE // max(1, gradient.shape[-1]))
     return torch.cat([(part != 0).any(-1) for part in gradient.split(rows)])
+
+
+def row_decay(state: dict[str, Any], gradient: Tensor, beta: float) -> Tensor:
+    """Factor of the momentum for each row of a table, (rows, 1); marks rows that now have a gradient in the window."""
+    touched = touched_rows(gradient)
+    seen = state.get("rows")
+    first = touched if seen is None else touched & ~seen
+    state["rows"] = touched if seen is None else seen | touched
+    return beta_where(first, beta, gradient)[:, None]
+
+
+def beta_where(first: Tensor, beta: float, gradient: Tensor) -> Tensor:
+    """The decay of what has its first gradient of a window, and 1 for the rest."""
+    one = torch.ones((), dtype=torch.promote_types(gradient.dtype, torch.float32), device=gradient.device)
+    return torch.where(first, one * beta, one)
 
 
 def row_rms(parameter: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["GrowthCheck", "grow", "verify_growth"]
 
 logger = logging.getLogger("danlu.tuning")
 
-SYMMETRIES = ("antisymmetric", "none", "gaussian")
+SYMMETRIES = ("antisymmetric", "none", "independent")
 
 
 def grow(
@@ -58,8 +58,8 @@ def grow(
         num_key_value_heads: any number not below the model's; whole groups are copied.
         head_dim: a multiple of the model's where heads are rotated.
         num_hidden_layers: pre-norm models only; new blocks copy a neighbour and add nothing at first.
-        symmetry: ``antisymmetric`` (exact), ``none`` (copies stay equal for ever) or ``gaussian`` (lossy).
-        noise: standard deviation of the noise in units of each output's root-mean-square weight, >= 0.
+        symmetry: ``antisymmetric`` (exact), ``none`` (copies stay equal for ever) or ``independent`` (lossy).
+        noise: standard deviation of the (uniform) noise in units of each output's root-mean-square weight, >= 0.
         placement: ``even``, ``end``, or the places of the new blocks in the grown stack, counted from 0.
         widening: how ``hidden_size`` grows: ``repeat``, ``pad`` with silent channels, or ``auto``, which repeats where
             the sizes divide.
@@ -91,12 +91,15 @@ def grow(
         "num_hidden_layers": num_hidden_layers,
     }
     plan = plan_growth(model, resolve_sizes(arch, wanted), placement=placement, widening=widening)
-    reasons = [*plan.lossy, *(["symmetry='gaussian': its noise changes the outputs"] if symmetry == "gaussian" else [])]
+    reasons = [
+        *plan.lossy,
+        *(["symmetry='independent': its noise changes the outputs"] if symmetry == "independent" else []),
+    ]
     if reasons and not allow_lossy:
         raise ValueError(f"this growth is not exact: {'; '.join(reasons)}. Pass allow_lossy=True to grow all the same")
     for reason in reasons:
         logger.warning("not exact: %s", reason)
-    _fill(model, plan, 0.0 if symmetry == "none" else noise, symmetry == "gaussian", seed)
+    _fill(model, plan, 0.0 if symmetry == "none" else noise, symmetry == "independent", seed)
     return plan.model
 
 

@@ -59,11 +59,6 @@ class Dimension:
         """What its gradient is multiplied by."""
         return self.axis.write if self.reads else self.axis.read
 
-    @property
-    def groups(self) -> Tensor | None:
-        """Groups for noise, as in ``Axis.tied``."""
-        return self.axis.heard if self.reads else self.axis.tied
-
 
 @dataclass(frozen=True, eq=False)
 class ParameterMap:
@@ -94,16 +89,18 @@ class ParameterMap:
         )
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The grown parameter without noise, in float32 or better."""
-        grown = _wide(tensor) + self.offset
-        for i, dimension in enumerate(self.dimensions):
+        """The grown parameter without noise, in float32 or better; a new tensor."""
+        grown = _wide(tensor).add(self.offset) if self.offset else _wide(tensor)
+        for i, dimension in reversed(list(enumerate(self.dimensions))):  # columns first, while there are few rows
             if dimension is not None:
                 if dimension.axis.centred and not dimension.reads:
                     grown = grown - grown.mean(i, keepdim=True)
                 grown = _take(grown, i, dimension.axis.index, dimension.factor)
+        if all(dimension is None for dimension in self.dimensions):
+            grown = grown.clone()
         if self.silent:
             grown.zero_()
-        return grown - self.offset
+        return grown.sub_(self.offset) if self.offset else grown
 
     def apply_to_gradient(self, tensor: Tensor, power: int) -> Tensor:
         """Grow what is linear (power 1) or quadratic (power 2) in the gradient.
@@ -127,7 +124,7 @@ class ParameterMap:
         return torch.where(known, grown, grown[known].mean() if bool(known.any()) else 0.0)
 
     def add_noise(self, grown: Tensor, scale: float, generator: torch.Generator, *, lossy: bool = False) -> Tensor:
-        """Add noise that the function cannot see (or, lossy, that it can) to a grown matrix.
+        """Add noise that the function cannot see (or, lossy, that it can) to a grown matrix, in place.
 
         Args:
             grown: what :meth:`apply` gave.
@@ -137,18 +134,26 @@ class ParameterMap:
         """
         if len(self.dimensions) != 2 or scale == 0:
             return grown
-        reading = next((i for i, d in enumerate(self.dimensions) if d is not None and d.reads), None)
-        size = grown.square().mean(1 if reading is None else reading, keepdim=True).sqrt() * scale
-        total = grown
+        reading = next((i for i, d in enumerate(self.dimensions) if d is not None and d.reads), 1)
+        root = math.sqrt(grown.shape[reading])
+        size = torch.linalg.vector_norm(grown, dim=reading, keepdim=True).mul_(scale / root)
         for i, dimension in enumerate(self.dimensions):
-            if dimension is None or dimension.groups is None:
+            groups = None if dimension is None else dimension.axis.heard if dimension.reads else dimension.axis.tied
+            if groups is None:
                 continue
-            sizes = _group_sizes(dimension.groups)
-            if bool((sizes == 1).all()) and not lossy:
-                continue
-            noise = torch.randn(grown.shape, generator=generator, dtype=grown.dtype).to(grown.device).mul_(size)
-            total = total + (noise if lossy else _cancelling(noise, i, dimension.groups, sizes))
-        return total
+            sizes = _group_sizes(groups)
+            if lossy:
+                grown.add_(_noise(grown, generator).mul_(size))
+            elif _in_pairs(groups):
+                # Neighbours are copies of one channel: half the draws, once with each sign.
+                pairs = grown.unflatten(i, (-1, 2))
+                unit = size if i == reading else size.unflatten(i, (-1, 2)).select(i + 1, 0)
+                noise = _noise(pairs.select(i + 1, 0), generator).mul_(unit)
+                pairs.select(i + 1, 0).add_(noise)
+                pairs.select(i + 1, 1).sub_(noise)
+            elif bool((sizes != 1).any()):
+                grown.add_(_cancelling(_noise(grown, generator).mul_(size), i, groups, sizes))
+        return grown
 
 
 def copies(old: int, new: int) -> Tensor:
@@ -190,8 +195,26 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _take(tensor: Tensor, dim: int, index: Tensor, factor: Tensor) -> Tensor:
+    """Pick channels and multiply them; one factor for all is multiplied while there are few of them."""
+    factor = factor.to(tensor)
+    picked = index.to(tensor.device)
+    if bool((factor == factor[0]).all()):
+        return (tensor if factor[0] == 1 else tensor * factor[0]).index_select(dim, picked)
     shape = [-1 if i == dim else 1 for i in range(tensor.ndim)]
-    return tensor.index_select(dim, index.to(tensor.device)).mul_(factor.to(tensor).reshape(shape))
+    return tensor.index_select(dim, picked).mul_(factor.reshape(shape))
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of mean 0 and standard deviation 1, uniform over 256 values: eight from each random word, for speed."""
+    count = like.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    noise = words.view(torch.int8)[:count].to(like.dtype).add_(0.5).mul_(math.sqrt(12 / (256**2 - 1)))
+    return noise.reshape(like.shape).to(like.device)
+
+
+def _in_pairs(groups: Tensor) -> bool:
+    """Whether each even entry and its right neighbour are of one group."""
+    return len(groups) % 2 == 0 and bool((groups[::2] == groups[1::2]).all() and (groups >= 0).all())
 
 
 def _group_sizes(groups: Tensor) -> Tensor:
@@ -211,7 +234,7 @@ def _cancelling(noise: Tensor, dim: int, groups: Tensor, sizes: Tensor) -> Tenso
     mean = sums.index_select(dim, groups + 1) / n
     grouped = (sizes > 0).to(noise.dtype).reshape(sides)
     regained = torch.where(sizes > 1, (sizes / (sizes - 1).clamp(min=1)).sqrt(), torch.where(sizes == 0, 1.0, 0.0))
-    return noise.add_(mean * grouped).mul_(regained.to(noise.dtype).reshape(sides))
+    return noise.sub_(mean * grouped).mul_(regained.to(noise.dtype).reshape(sides))
 
 
 def head_sources(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,14 +257,9 @@ def head_sources(heads: int, kv_heads: int, new_heads: int, new_kv_heads: int) -
 
 @dataclass(frozen=True, eq=False)
 class HeadDim:
-    """How the channels of a head grow.
+    """How the channels of a head grow: sources and factors of queries and keys, sources of values.
 
-    Args:
-        index: (new,) source of each query and key channel.
-        query: (new,) factor for queries, the gain of their norm where there is one.
-        key: (new,) factor for keys.
-        tied: (new,) groups of query channels for noise, as in ``Axis``.
-        value: (new,) source of each value channel.
+    The factors belong to the gains where queries and keys are normed. ``tied`` are groups for noise, as in ``Axis``.
     """
 
     index: Tensor

@@ -136,9 +136,8 @@ class Sources:
         scale, grown_scale = (
             getattr(block.attention.module, "scaling", block.attention.head_dim**-0.5) for block in (old, new)
         )
-        rotates = getattr(old.attention.module, "use_rope", True)
         score = scale / grown_scale
-        dim = grow_head_dim(before.head_dim, after.head_dim, self.rotated if rotates else 0, score)
+        dim = grow_head_dim(before.head_dim, after.head_dim, self.rotated, score)
         size, key_share, normed = before.head_dim, 1 / counts(keys), old.attention.query_norm is not None
         value_share = 1 / counts(dim.value)
         ones = torch.ones_like(dim.query)

@@ -1,4 +1,4 @@
-"""The part of a ladder that runs its backbone ahead of training: states in memory or on disk, in place of the inputs."""
+"""The part of a ladder that runs its backbone ahead of training: states in memory or on disk, in place of inputs."""
 
 from __future__ import annotations
 

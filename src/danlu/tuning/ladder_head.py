@@ -87,7 +87,7 @@ def head_loss(logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Te
 
     Places whose target is -100 are left out, and the others go through the head in chunks, each of which is
     differentiated at once: a frozen head has no weight gradients, so the gradient of its input is all that has to be
-    kept. Saved for backward are as many numbers as ``states`` has; the products are those of an ordinary step.
+    kept. Saved for backward are d numbers for each counted place; the products are those of an ordinary step.
 
     Args:
         logits_of: the head, (1, n, d) to (1, n, vocabulary).
@@ -101,23 +101,25 @@ def head_loss(logits_of: Callable[[Tensor], Tensor], states: Tensor, targets: Te
     Raises:
         ValueError: the head does not pass gradients on, as an integer-quantised one may not.
     """
-    wanted = targets != -100
-    count = wanted.sum().clamp(min=1) if count is None else count
-    loss: Tensor = _HeadLoss.apply(states[wanted], targets[wanted], count, logits_of)
+    count = _count(targets).clamp(min=1) if count is None else count
+    loss: Tensor = _HeadLoss.apply(states.flatten(0, 1), targets.flatten(), count, logits_of)
     return loss
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, count: Any, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        gradient = torch.zeros_like(states)
+        wanted = (targets != -100).nonzero()[:, 0].to(states.device)
+        ctx.shape = states.shape
+        gradient = states.new_empty(len(wanted), states.shape[1])
         total = torch.zeros((), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         rows, start = _CHUNK_ROWS, 0
-        while start < len(states):
-            part = states[start : start + rows].detach().requires_grad_(ctx.needs_input_grad[0])
+        while start < len(wanted):
+            places = wanted[start : start + rows]
+            part = states[places].detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 logits = logits_of(part[None])
-                loss = token_loss(logits, targets[None, start : start + rows], count)
+                loss = token_loss(logits, targets[None, places], count)
             if ctx.needs_input_grad[0]:
                 if not loss.requires_grad:
                     raise ValueError(
@@ -127,13 +129,15 @@ class _HeadLoss(torch.autograd.Function):
             total += loss.detach()
             start += rows
             rows = max(_CHUNK_ROWS, _CHUNK_NUMBERS // logits.shape[-1])
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, wanted)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        gradient, wanted = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        whole[wanted] = gradient * grad.to(gradient.dtype)
+        return whole, None, None, None
 
 
 def pooled(states: Tensor, mask: Tensor | None, *, last: bool) -> Tensor:
