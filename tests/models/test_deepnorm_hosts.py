@@ -315,6 +315,18 @@ def test_trained_weights_are_kept_unless_forced(tmp_path):
     assert not torch.equal(dict(loaded.named_parameters())[name], before[name])
 
 
+@pytest.mark.parametrize("kind", BUILD)
+def test_forced_on_a_trained_model_the_blocks_are_those_of_a_fresh_one(kind):
+    fresh, trained = BUILD[kind](), shake(BUILD[kind]())
+    apply_deepnorm(fresh)
+    apply_deepnorm(trained, force=True)
+    blocks = [read_architecture(model).blocks for model in (fresh, trained)]
+    for one, two in zip(*blocks, strict=True):
+        assert all(map(torch.equal, one.module.parameters(), two.module.parameters()))
+    table = trained.get_input_embeddings().weight
+    assert not torch.equal(table, fresh.get_input_embeddings().weight)
+
+
 def test_a_model_trained_here_is_told_by_its_vectors():
     moved = llama()
     with torch.no_grad():

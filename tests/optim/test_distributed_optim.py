@@ -148,6 +148,8 @@ for folded in (False, True):
     trainer.train()
     ends.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
 torch.save(ends, f"{sys.argv[1]}/{os.environ['WORLD_SIZE']}.{os.environ['RANK']}")
+if dist.is_initialized():
+    finish()
 """
 
 

@@ -84,7 +84,7 @@ def primary_auxiliary(context: Context) -> Evidence:
             ),
         ),
         plots=(
-            Plot("Quadratics: L1 over its value at the first conflict", "rate times steps", "ratio", *curves, log_x=True),
+            Plot("Quadratics: L1 over that at the first conflict", "rate times steps", "ratio", *curves, log_x=True),
             Plot(
                 "Digits: accuracy after fine-tuning",
                 "step",

@@ -28,14 +28,16 @@ def optimiser(name: str, rate: float, **options: Any) -> Build:
     return lambda params: Tiger(params, rate, _BETA, rule=rule, **options)
 
 
-def held_out_loss(build: Build, width: int, seed: int, steps: int, dtype: torch.dtype = torch.float32) -> float:
-    """Loss on digits that were not trained on."""
+def held_out_loss(
+    build: Build, width: int, seed: int, steps: int, dtype: torch.dtype = torch.float32, count: int = 1500
+) -> float:
+    """Loss on digits that were not trained on, after training on ``count`` others."""
     from danlu.lab.printed import printed_digits
 
     drawn = torch.Generator().manual_seed(seed)
     first, second, last = _layers(width, drawn)
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).to(dtype)
-    _fit(model, build(model.parameters()), steps, drawn)
+    _fit(model, build(model.parameters()), steps, drawn, count=count)
     pixels, labels = printed_digits(600, 2)
     with torch.no_grad():
         loss = F.cross_entropy(model(pixels.to(dtype)).float(), labels).item()
@@ -66,12 +68,17 @@ def _layers(width: int, drawn: torch.Generator) -> list[nn.Linear]:
 
 
 def _fit(
-    model: nn.Module, chosen: torch.optim.Optimizer, steps: int, drawn: torch.Generator, factor: float = 1.0
+    model: nn.Module,
+    chosen: torch.optim.Optimizer,
+    steps: int,
+    drawn: torch.Generator,
+    factor: float = 1.0,
+    count: int = 1500,
 ) -> list[float]:
     """Train on the digits with a rate that falls linearly to 0; the loss of each step."""
     from danlu.lab.printed import printed_digits
 
-    pixels, labels = printed_digits(1500, 1)
+    pixels, labels = printed_digits(count, 1)
     pixels = pixels.to(next(model.parameters()).dtype)
     rates = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 - step / steps)
     losses = []

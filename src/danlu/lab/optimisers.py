@@ -93,8 +93,8 @@ def tiger_scale(context: Context) -> Evidence:
     source="archive 9512; arXiv:1502.02551",
     statement="Since a sign makes every step as large as its rate, Tiger trains with parameters and state in half "
     "precision.",
-    measurement="Printed digits, width 128, 800 steps at three learning rates, parameters and momentum in float32, in "
-    "bfloat16 with stochastic rounding, and in bfloat16 rounded to nearest; test loss, mean over seeds.",
+    measurement="8000 printed digits, width 128, 1000 steps at three learning rates, parameters and momentum in "
+    "float32, in bfloat16 with stochastic rounding, and in bfloat16 rounded to nearest; test loss, mean over seeds.",
     seeds=(0, 1),
     budget=90,
 )
@@ -107,7 +107,7 @@ def tiger_half_precision(context: Context) -> Evidence:
     for way, rate in context.track(cells, description="types and rates", total=len(cells)):
         dtype, rounding = ways[way]
         build = optimiser("Tiger", rate, stochastic_rounding=rounding)
-        runs = [held_out_loss(build, 128, seed, 800, dtype) for seed in context.seeds]
+        runs = [held_out_loss(build, 128, seed, 1000, dtype, count=8000) for seed in context.seeds]
         losses[way].append(sum(runs) / len(runs))
     near = [a / b for a, b in zip(losses["stochastic"], losses["float32"], strict=True)]
     plain = [a / b for a, b in zip(losses["nearest"], losses["float32"], strict=True)]

@@ -20,7 +20,21 @@ logger = logging.getLogger("danlu.lab")
 #: Where results go unless the caller says otherwise.
 DIRECTORY = Path("build/lab")
 #: One module per method family; importing it registers its claims. The order is the order of the gallery.
-FAMILIES = ("positions", "rerope", "robustness", "scale", "compression", "segmentation")
+FAMILIES = (
+    "positions",
+    "rerope",
+    "robustness",
+    "scale",
+    "compression",
+    "segmentation",
+    "optimisers",
+    "low_rank",
+    "multitask",
+    "emo",
+    "ladder",
+    "growth",
+    "deepnorm",
+)
 
 _CLAIMS: dict[str, Claim] = {}
 

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from danlu.kernels.signs import SignUpdate, apply, is_finite, sum_of_squares
-from danlu.optim.groups import tiger_param_groups
 from danlu.optim.momentum import SignMomentum, check_number, checked_gradient, evaluated, local
 from danlu.optim.schedule import piecewise_linear
 from danlu.optim.windows import Facts, Item, beta_where, facts_of, row_decay, row_rms
-
-__all__ = ["Tiger", "tiger_param_groups"]
 
 logger = logging.getLogger("danlu.optim")
 
