@@ -43,7 +43,8 @@ def test_memory_is_counted():
     assert 8000 <= peak_bytes(lambda: torch.zeros(1000).add(1)) < 8100
     tiger, adam = (optimiser_runs.window_bytes(name, 64, 2, 2) for name in ("Tiger", "AdamW"))
     assert tiger["state"] == tiger["parameters"] and adam["state"] == 2 * adam["parameters"]
-    assert tiger["peak"] < 2.4 * tiger["parameters"] and adam["peak"] > 4 * adam["parameters"]
+    assert tiger["peak"] < 1.2 * (2 * tiger["parameters"] + tiger["largest"])
+    assert adam["peak"] > 4 * adam["parameters"]
 
 
 def test_byte_models_train(monkeypatch):

@@ -140,6 +140,8 @@ trainer = Run(model=model, args=args, train_dataset=DATA, combine={"method": "mi
 trainer.train()
 if trainer.args.process_index == 0:
     torch.save(weights(model), "weights.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # left to the exit of the process, its threads may abort it
 """
 
 

@@ -187,6 +187,20 @@ def test_skipping_leaves_theta_and_raising_leaves_everything():
     assert torch.equal(other, start)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_not_looking_changes_nothing_for_finite_gradients(path):
+    start, *gradients = tensors(7, 6, 5)
+    ends = []
+    for answer in ("shrink", "ignore"):
+        parameter = nn.Parameter(start.clone())
+        optimizer = Tiger([parameter], accumulation_steps=2, nonfinite=answer, **PATHS[path])
+        feed(optimizer, parameter, gradients)
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+    feed(optimizer, parameter, [torch.full((6, 5), float("nan"), dtype=torch.float64)])
+    assert optimizer.state[parameter]["momentum"].isnan().all()
+
+
 def test_rows_without_a_gradient_rest():
     start, *gradients = tensors(13, 6, 4)
     for place, gradient in enumerate(gradients):
@@ -457,7 +471,7 @@ def test_bad_arguments_are_refused():
         ({"min_rms": -0.1}, ValueError, "min_rms must be in"),
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be at least 1, got 0"),
         ({"accumulation_steps": 2.0}, TypeError, "accumulation_steps must be an integer"),
-        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be one of shrink, skip, raise"),
+        ({"nonfinite": "zero"}, ValueError, "nonfinite must be one of shrink, skip, raise, ignore"),
         ({"shrink": 0.0}, ValueError, r"shrink must be in \(0, 1\]"),
         ({"rule": "rows"}, ValueError, "rule must be one of auto, rms"),
         ({"foreach": True, "fused": True}, ValueError, "foreach and fused must not both be True"),

@@ -232,12 +232,14 @@ def _apply_rows(update: SignUpdate) -> None:
 
 
 def _flat_array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().view(-1).numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy().reshape(-1)
 
 
 def _in_parts(work: Callable[[int, int], Any], size: int, worth: int = _WORTH, block: int = _BLOCK) -> list[Any]:
     """Results of ``work(first, last)`` over ranges of whole blocks, one for each of PyTorch's threads."""
-    workers = min(torch.get_num_threads(), size // worth)
+    workers = size // worth
+    if workers > 1:
+        workers = min(workers, torch.get_num_threads())
     if workers <= 1:
         return [work(0, size)]
     share = -(-size // (workers * block)) * block

@@ -29,7 +29,7 @@ Coefficient = float | Tensor
 #: Elements that are worked on at a time. On the CPU a piece of all operands stays in the second-level cache; elsewhere
 #: it bounds the float32 copies of half-precision tensors.
 _PIECE_CPU, _PIECE = 1 << 16, 1 << 22
-_HALVES = (torch.bfloat16, torch.float16)
+_HALVES, _WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 _MASK = (1 << 64) - 1
 
 
@@ -67,8 +67,8 @@ class SignUpdate:
     @property
     def wide(self) -> bool:
         """Whether all tensors are of one type and need no copies in a wider one."""
-        types = {x.dtype for x in self.tensors}
-        return len(types) == 1 and not types & {*_HALVES}
+        dtype = self.momentum.dtype
+        return dtype in _WIDE and all(x.dtype == dtype for x in self.tensors)
 
     @property
     def by_row(self) -> bool:
@@ -81,10 +81,9 @@ class SignUpdate:
         first = self.momentum
         return (
             first.device.type == "cpu"
-            and first.dtype in (torch.float32, torch.float64)
             and self.wide
-            and all(x.is_contiguous() for x in self.tensors)
-            and not (self.by_row and first.ndim != 2)
+            and all([x.is_contiguous() for x in self.tensors])
+            and (first.ndim == 2 or not self.by_row)
         )
 
 

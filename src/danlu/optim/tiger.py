@@ -18,7 +18,7 @@ from danlu.optim.windows import Facts, Item, beta_where, facts_of, row_decay, ro
 logger = logging.getLogger("danlu.optim")
 
 RULES = ("auto", "rms", "row_rms", "half", "plain")
-NONFINITE = ("shrink", "skip", "raise")
+NONFINITE = ("shrink", "skip", "raise", "ignore")
 
 
 class Tiger(SignMomentum):
@@ -59,7 +59,8 @@ class Tiger(SignMomentum):
         centre: c, where a parameter shrinks to; 1 for gains.
         min_rms: floor of the RMS, >= 0. A matrix of zeros has RMS 0 and never moves without one.
         lazy_rows: see above.
-        nonfinite: "shrink", "skip" (leave theta too) or "raise" (FloatingPointError before anything moves).
+        nonfinite: "shrink", "skip" (leave theta too), "raise" (FloatingPointError before anything moves), or "ignore":
+            not to look, as other optimisers do, which saves a pass over the gradients and lets a NaN into m.
         shrink: s in (0, 1].
         schedule: multipliers of ``lr`` by update, piecewise linear, see ``piecewise_linear``; none is 1.
         maximize: ascend.
@@ -200,6 +201,7 @@ class Tiger(SignMomentum):
             [item.gradient for item in batch],
             [self.state[item.parameter].get("window") for item in batch],
             [self._known_squares(item) if boundary and item.rule == "rms" else 0.0 for item in batch],
+            look=self.nonfinite != "ignore",
         )
         if self.nonfinite == "raise":
             for item, facts in zip(batch, measured, strict=True):
@@ -292,7 +294,7 @@ class Tiger(SignMomentum):
         state, fed = self.state[parameter], item.gradient
         if fed is None or fed.device.type == "cpu":
             window = state.get("window")
-            (facts,) = facts_of([parameter], [fed], [window], [0.0], across=False)
+            (facts,) = facts_of([parameter], [fed], [window], [0.0], across=False, look=self.nonfinite != "ignore")
             self._raise_if(not facts.finite, item)
             update = self._fed(item, facts)
             state["window"] = torch.tensor([facts.folded, facts.bad])
@@ -304,10 +306,11 @@ class Tiger(SignMomentum):
     def _fold_unread(self, item: Item, gradient: Tensor) -> SignUpdate:
         """The same without reading anything back from the device, which would stop the backward pass."""
         state, group = self.state[item.parameter], item.group
-        good = torch.as_tensor(is_finite(gradient), device=gradient.device)
+        good = torch.as_tensor(self.nonfinite == "ignore" or is_finite(gradient), device=gradient.device)
         if self.nonfinite == "raise":
             self._raise_if(not good, item)
-        gradient.masked_fill_(~good, 0.0)
+        if self.nonfinite != "ignore":
+            gradient.masked_fill_(~good, 0.0)
         window = state.get("window", torch.zeros(2, dtype=torch.int64, device=gradient.device))
         if item.rule == "row_rms" and group["lazy_rows"]:
             decay = row_decay(state, gradient, group["beta"])
