@@ -25,6 +25,7 @@ def test_every_way_is_the_formula(shape, by_row, parts, same, threads):
         shape = (*shape, 1)
     generator_ = torch.Generator().manual_seed(0)
     p, m, g = (torch.randn(shape, dtype=torch.float64, generator=generator_) for _ in range(3))
+    m.view(-1)[1::5] = g.view(-1)[1::5] = 0  # where there is no sign, there is no step
     size = (shape[0], 1) if by_row else ()
     look, decay, keep, rate = torch.rand(4, *size, dtype=torch.float64, generator=generator_)
     look = decay if same else look
@@ -67,6 +68,16 @@ def test_entries_that_are_not_finite_are_found(value, place, dtype):
 def test_sums_of_squares(shape, dtype):
     x = torch.randn(shape).to(dtype)
     assert math.isclose(float(sum_of_squares(x)), x.double().square().sum().item(), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (700, 513)])
+def test_facts_of_rows(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[::3] = 0
+    if min(shape) > 0:
+        x[0, -1] = -1e-300
+    assert torch.equal(signloops.touched(x), (x != 0).any(-1))
+    assert torch.allclose(signloops.row_squares(x), x.square().sum(-1), rtol=1e-14)
 
 
 def test_updates_are_seen_by_autograd():

@@ -64,6 +64,7 @@ def test_the_verdict_follows_the_numbers():
     found = depth.evidence(changes, middle, deep, 3.2)
     assert found.verdict == HOLDS
     assert len(found.checks) == 9
+    assert found.plots[0].lines["plain post-norm"] == (0.0, 0.0, 1.0)
     assert found.plots[1].x == (10.0, 20.0, 30.0)
     assert "2.90 with slower vectors" in found.summary
     learns = depth.evidence(changes, middle, {**deep, "plain post-norm": (2.9, curve)}, 3.2)

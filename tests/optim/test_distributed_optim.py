@@ -74,6 +74,7 @@ for folded in (False, True):
     model = DistributedDataParallel(build())
     optimizer = Tiger(tiger_param_groups(model), 0.02, accumulation_steps=1 if folded else MICRO)
     handle = fold_in_backward(optimizer, model) if folded else None
+    assert model.require_backward_grad_sync != folded
     run(model, optimizer, rank, world, folded)
     keep(model, optimizer, rank, f"{sys.argv[1]}/{folded}")
 # A rank whose gradients are not finite is left out, and both ranks stay alike.

@@ -133,12 +133,13 @@ def test_a_frozen_sign_leads_to_the_inverse_of_the_decay():
     assert torch.allclose(parameter, -1 / lam + (start + 1 / lam) * (1 - eta * lam) ** n, atol=1e-13)
 
 
-def test_maximize_mirrors():
+@pytest.mark.parametrize("path", PATHS)
+def test_maximize_mirrors(path):
     start, *gradients = tensors(9, 4, 4)
     ends = []
     for sign in (1, -1):
         parameter = nn.Parameter(start.clone())
-        feed(Tiger([parameter], maximize=sign < 0), parameter, [sign * g for g in gradients])
+        feed(Tiger([parameter], maximize=sign < 0, **PATHS[path]), parameter, [sign * g for g in gradients])
         ends.append(parameter.detach())
     assert torch.equal(*ends)
 

@@ -49,6 +49,22 @@ def _not_finite(x, zero):
     return total
 
 
+@numba.njit(cache=True, nogil=True)
+def _row_squares(x, out, zero):
+    for row in range(x.shape[0]):
+        out[row] = _block_squares(x[row], zero)
+
+
+@numba.njit(cache=True, nogil=True)
+def _touched(x, out, zero):
+    for row in range(x.shape[0]):
+        out[row] = False
+        for i in range(x.shape[1]):
+            if x[row, i] != zero:  # mostly the first entry
+                out[row] = True
+                break
+
+
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)
 def _feed(m, g, decay):
     for i in range(m.size):
@@ -188,6 +204,22 @@ def sum_of_squares(tensor: Tensor) -> float:
     return sum(_in_parts(lambda a, b: _squares(flat[a:b], flat.dtype.type(0)), flat.size))
 
 
+def row_squares(table: Tensor) -> Tensor:
+    """Sum of squares of each row, (rows,), in the type of the table."""
+    x, out = _flat_array(table).reshape(table.shape), np.empty(len(table), _flat_array(table).dtype)
+    announce(_row_squares)
+    _in_row_parts(lambda a, b: _row_squares(x[a:b], out[a:b], x.dtype.type(0)), table)
+    return torch.from_numpy(out)
+
+
+def touched(table: Tensor) -> Tensor:
+    """Which rows have an entry that is not zero, (rows,), bool."""
+    x, out = _flat_array(table).reshape(table.shape), np.empty(len(table), np.bool_)
+    announce(_touched)
+    _in_row_parts(lambda a, b: _touched(x[a:b], out[a:b], x.dtype.type(0)), table)
+    return torch.from_numpy(out)
+
+
 def apply(update: SignUpdate) -> float | None:
     """Do one update; see ``danlu.kernels.signs.apply``."""
     if update.momentum.numel() == 0:
@@ -223,11 +255,8 @@ def _apply_rows(update: SignUpdate) -> None:
     columns = [column(x) for x in (update.look, update.decay, update.keep, update.rate)]
     fed, moved, zero = update.gradient is not None, update.parameter is not None, m.dtype.type(0)
     announce(_rows)
-    _in_parts(
-        lambda a, b: _rows(p[a:b], m[a:b], g[a:b], fed, moved, *(x[a:b] for x in columns), zero),
-        len(m),
-        worth=max(1, _WORTH // max(1, m.shape[1])),
-        block=1,
+    _in_row_parts(
+        lambda a, b: _rows(p[a:b], m[a:b], g[a:b], fed, moved, *(x[a:b] for x in columns), zero), update.momentum
     )
 
 
@@ -245,6 +274,10 @@ def _in_parts(work: Callable[[int, int], Any], size: int, worth: int = _WORTH, b
     share = -(-size // (workers * block)) * block
     starts = range(0, size, share)
     return list(_pool(workers).map(work, starts, [min(start + share, size) for start in starts]))
+
+
+def _in_row_parts(work: Callable[[int, int], Any], table: Tensor) -> None:
+    _in_parts(work, len(table), worth=max(1, _WORTH // max(1, table.shape[1])), block=1)
 
 
 @functools.cache

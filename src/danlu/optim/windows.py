@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danlu.kernels import signloops
 from danlu.kernels.signs import is_finite
 from danlu.optim.momentum import local, shard_dims, shard_of
 
@@ -84,6 +85,8 @@ def facts_of(
 
 def touched_rows(gradient: Tensor) -> Tensor:
     """Which rows of a table (rows, width) have an entry that is not zero: (rows,), bool."""
+    if signloops.takes(gradient):
+        return signloops.touched(gradient)
     rows = max(1, _ROWS_AT_ONCE // max(1, gradient.shape[-1]))
     return torch.cat([(part != 0).any(-1) for part in gradient.split(rows)])
 
@@ -111,9 +114,11 @@ def row_rms(parameter: Tensor) -> Tensor:
     """
     if any(parameter.placements[dim].dim == parameter.ndim - 1 for dim in shard_dims(parameter)):  # type: ignore[attr-defined]
         raise ValueError("rule row_rms needs whole rows on each rank, got a table cut along its rows; shard it by rows")
+    own = local(parameter)
+    if signloops.takes(own):
+        return (signloops.row_squares(own.detach())[:, None] / parameter.shape[-1]).sqrt()
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(local(parameter), dim=-1, keepdim=True, dtype=wide)
-    return norm / parameter.shape[-1] ** 0.5
+    return torch.linalg.vector_norm(own, dim=-1, keepdim=True, dtype=wide) / parameter.shape[-1] ** 0.5
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:
