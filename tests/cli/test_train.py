@@ -72,7 +72,7 @@ def test_json_is_the_report(invoke, tmp_path):
         (("--set", "training"), "--set must look like training.steps=100"),
         (("--set", "training.batch=4000"), "at least one batch of 4000 rows"),
         (("--set", "data.train=nothing.txt"), "nothing.txt does not exist"),
-        (("--sharded",), "sharding needs several processes"),
+        (("--sharded",), "--sharded needs several processes"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_sentence(invoke, words, message):
