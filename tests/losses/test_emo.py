@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from danlu.lab.measuring import peak_bytes
 from danlu.losses.emo_functional import Cost, emo_loss, linear_emo_loss
 from danlu.losses.mixing import MixingSchedule, Mixture
 from reference.emo_dense import cost_matrix, one_hot, token_losses
@@ -460,28 +461,16 @@ def test_autocast_takes_products_in_its_type():
 
 def test_memory_is_one_gradient_of_the_logits_and_a_few_tiles():
     """Bytes of new tensors, counted as they are made: in level 1 logits' gradient and tiles, in level 2 tiles alone."""
-    from torch.profiler import ProfilerActivity, profile
-
     n, v, d = 512, 3000, 16
     labels = torch.randint(0, v, (n,))
     table = torch.randn(v, d)
 
-    def peak(call):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            call()
-        level = top = 0
-        for event in recorded.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                top = max(top, level)
-        return top
-
     logits = torch.randn(n, v).requires_grad_()
     hidden, weight = torch.randn(n, d).requires_grad_(), torch.randn(v, d).requires_grad_()
     full = n * v * 4
-    assert full <= peak(lambda: emo_loss(logits, labels, table, row_chunk=16).backward()) < 1.3 * full
-    assert peak(lambda: linear_emo_loss(hidden, weight, labels, table, row_chunk=16).backward()) < 0.3 * full
-    assert peak(lambda: linear_emo_loss(hidden, weight, labels, table, vocab_chunk=64).backward()) < 0.3 * full
+    assert full <= peak_bytes(lambda: emo_loss(logits, labels, table, row_chunk=16).backward()) < 1.3 * full
+    assert peak_bytes(lambda: linear_emo_loss(hidden, weight, labels, table, row_chunk=16).backward()) < 0.3 * full
+    assert peak_bytes(lambda: linear_emo_loss(hidden, weight, labels, table, vocab_chunk=64).backward()) < 0.3 * full
 
 
 def test_bad_input():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from danlu.kernels.signs import apply
+from danlu.lab.measuring import peak_bytes
 from danlu.optim.folding import fold_in_backward, fold_in_trainer
 from danlu.optim.groups import tiger_param_groups
 from danlu.optim.lion import Lion
@@ -72,19 +73,6 @@ def test_gradients_are_never_kept():
     handle.remove()
     train(model, optimizer, batches(1), every=4)
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def peak_bytes(call) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    level = top = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            top = max(top, level)
-    return top
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
