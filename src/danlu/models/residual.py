@@ -38,7 +38,7 @@ def deepnorm_constants(
 
     - SGD, update -eta g: ``(beta/alpha)^2 2N = 1``;
     - Adam and sign methods, update -eta sign(g): ``(beta/alpha) 2N = 1``;
-    - LAMB, AdaFactor, Tiger, update -eta |theta| sign(g): ``beta (beta/alpha) 2N = 1``.
+    - LAMB, AdaFactor, Tiger, update ``-eta |theta| sign(g)``: ``beta (beta/alpha) 2N = 1``.
 
     The first two are closed by beta = 1/alpha, a compromise between weights that shrink together with their gradients
     (alpha = 1) and very slow learning (beta = 1); the last by alpha = 1, since its relative step is fixed. Pre-norm has

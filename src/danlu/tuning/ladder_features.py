@@ -94,7 +94,7 @@ class FeatureMethods:
             inputs: of the backbone's base model.
 
         Returns:
-            (batch, links, length, d): the embeddings, each linked layer's output, and the last state with
+            Of shape (batch, links, length, d), the embeddings, each linked layer's output, and the last state with
             ``merge_last``.
         """
         self.backbone.eval()
