@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import danlu
+from danlu.lab import measuring
 from danlu.losses.emo_functional import Cost
 
 
@@ -79,14 +79,7 @@ def peak_bytes(form: Callable[[], Tensor], *tensors: Tensor) -> int:
         before = torch.cuda.memory_allocated()
         step(form, *tensors)
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(form, *tensors)
-    level = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak
+    return measuring.peak_bytes(lambda: step(form, *tensors))
 
 
 def check(found: dict[str, Callable[[], Tensor]], *tensors: Tensor) -> None:

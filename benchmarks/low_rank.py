@@ -24,9 +24,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pytorch_optimizer import GaLore
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from danlu.lab.measuring import peak_bytes
 from danlu.optim.low_rank import LowRankOptimizer
 
 #: Small, so that logits do not hide the layers.
@@ -122,18 +122,6 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     model = build(options)
     add("AdamW on the matrices", model, torch.optim.AdamW(linear_weights(model), rate))
     return found
-
-
-def peak_bytes(call: Callable[[], None]) -> int:
-    """Most bytes alive at one time during a call, above the level at its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
 
 
 def safe_load(optimizer: torch.optim.Optimizer) -> str:

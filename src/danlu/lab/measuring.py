@@ -19,9 +19,9 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     level = top = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            top = max(top, level)
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        top = max(top, level)
     return top

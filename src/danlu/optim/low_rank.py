@@ -120,7 +120,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     self._frozen.remove(parameter)
                     parameter.requires_grad_(True)
             self._add_to_base(group, self._found(group) if group["low_rank"] else None)
-        except Exception:
+        except Exception:  # a refused group must leave nothing behind; the error goes on
             self.param_groups.pop()
             raise
         self._pull()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from danlu.files import replacing_folder
 from danlu.hosts.loading import load_causal_lm
 from danlu.hosts.parameters import Kind, classify_parameters
 from danlu.training.tables import AdamW, Lion, LowRank, Muon, Recipe, Tiger
 from danlu.training.texts import source_files
-
-logger = logging.getLogger("danlu.training")
 
 
 def build_model(recipe: Recipe, folder: Path) -> tuple[nn.Module, Any]:
@@ -140,9 +138,8 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Any:
         trained = BytePiece.train(
             source_files(recipe.data.train), vocab_size=wanted.train.vocab_size, refine=wanted.train.refine
         )
-        part = folder / ".tokenizer"
-        trained.to_transformers().save_pretrained(part)
-        part.rename(kept)
+        with replacing_folder(kept) as part:
+            trained.to_transformers().save_pretrained(part)
     return AutoTokenizer.from_pretrained(kept)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from danlu.files import write_whole
+from danlu.files import replacing_folder, write_whole
 from danlu.training.build import attach_loss, build_model, build_optimizer, build_schedule
 from danlu.training.data import LiveRows, Order, Rows, Shuffled, end_token, tokenize
 from danlu.training.recipe import differences
 from danlu.training.report import TrainingReport
 from danlu.training.tables import Data, Recipe, Source, Tiger
-
-logger = logging.getLogger("danlu.training")
 
 Progress = Callable[[int, int, str], None]
 
@@ -263,13 +260,9 @@ def _trainer(
 
 def _save(trainer: Any, out: Path, tokenizer: Any, writes: bool) -> None:
     """The trained model, whole or not at all."""
-    part = out / ".model"
-    if writes:
-        shutil.rmtree(part, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(part))
-    if writes:
-        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use here
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        part.rename(out / "model")
+    # Every process takes part in saving, one of them writes.
+    with replacing_folder(out / "model") if writes else contextlib.nullcontext(out) as part:
+        trainer.save_model(str(part))
+        if writes:
+            (part / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use here
+            tokenizer.save_pretrained(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from danlu.optim.multitask_trainer import MultiTaskMixin
-
-logger = logging.getLogger("danlu.training")
 
 
 class RecipeTrainer(Trainer):
