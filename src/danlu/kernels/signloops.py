@@ -178,10 +178,10 @@ def round_(wide: Tensor, dtype: torch.dtype, start: int, key: int) -> Tensor:
     first, second = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     if dtype == torch.bfloat16:
         announce(_round_bfloat16)
-        _in_parts(lambda a, b: _round_bfloat16(bits[a:b], start + a, first, second), bits.size)
+        in_parts(lambda a, b: _round_bfloat16(bits[a:b], start + a, first, second), bits.size)
     else:
         announce(_round_float16)
-        _in_parts(lambda a, b: _round_float16(values[a:b], bits[a:b], start + a, first, second), bits.size)
+        in_parts(lambda a, b: _round_float16(values[a:b], bits[a:b], start + a, first, second), bits.size)
     return wide
 
 
@@ -194,14 +194,14 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite."""
     flat = _flat_array(tensor)
     announce(_not_finite)
-    return not any(_in_parts(lambda a, b: _not_finite(flat[a:b], flat.dtype.type(0)), flat.size))
+    return not any(in_parts(lambda a, b: _not_finite(flat[a:b], flat.dtype.type(0)), flat.size))
 
 
 def sum_of_squares(tensor: Tensor) -> float:
     """Sum of squares, accumulated in float64 over blocks."""
     flat = _flat_array(tensor)
     announce(_squares)
-    return sum(_in_parts(lambda a, b: _squares(flat[a:b], flat.dtype.type(0)), flat.size))
+    return sum(in_parts(lambda a, b: _squares(flat[a:b], flat.dtype.type(0)), flat.size))
 
 
 def row_squares(table: Tensor) -> Tensor:
@@ -234,12 +234,12 @@ def apply(update: SignUpdate) -> float | None:
     g = m if update.gradient is None else _flat_array(update.gradient)
     if update.parameter is None:
         announce(_feed)
-        _in_parts(lambda a, b: _feed(m[a:b], g[a:b], number(update.decay)), m.size)
+        in_parts(lambda a, b: _feed(m[a:b], g[a:b], number(update.decay)), m.size)
         return None
     p, fed = _flat_array(update.parameter), update.gradient is not None
     numbers = [number(x) for x in (update.look, update.decay, update.keep, update.rate, 0)]
     announce(_flat)
-    return sum(_in_parts(lambda a, b: _flat(p[a:b], m[a:b], g[a:b], fed, *numbers), m.size))
+    return sum(in_parts(lambda a, b: _flat(p[a:b], m[a:b], g[a:b], fed, *numbers), m.size))
 
 
 def _apply_rows(update: SignUpdate) -> None:
@@ -264,7 +264,7 @@ def _flat_array(tensor: Tensor) -> np.ndarray:
     return (tensor.detach() if tensor.requires_grad else tensor).numpy().reshape(-1)
 
 
-def _in_parts(work: Callable[[int, int], Any], size: int, worth: int = _WORTH, block: int = _BLOCK) -> list[Any]:
+def in_parts(work: Callable[[int, int], Any], size: int, worth: int = _WORTH, block: int = _BLOCK) -> list[Any]:
     """Results of ``work(first, last)`` over ranges of whole blocks, one for each of PyTorch's threads."""
     workers = size // worth
     if workers > 1:
@@ -277,7 +277,7 @@ def _in_parts(work: Callable[[int, int], Any], size: int, worth: int = _WORTH, b
 
 
 def _in_row_parts(work: Callable[[int, int], Any], table: Tensor) -> None:
-    _in_parts(work, len(table), worth=max(1, _WORTH // max(1, table.shape[1])), block=1)
+    in_parts(work, len(table), worth=max(1, _WORTH // max(1, table.shape[1])), block=1)
 
 
 @functools.cache

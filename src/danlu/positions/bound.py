@@ -9,11 +9,12 @@ where every base is feasible, so both ends are reported and no bisection is used
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from danlu.progress import watched
 
 from .rotary import inverse_frequencies
 
@@ -164,7 +165,7 @@ class _Search:
         """First k in [start, stop) for which low * exp(k * step) is feasible (`wanted`) or infeasible."""
         from .bound_kernels import next_base
 
-        for first in _progress(range(start, stop, 64), label):
+        for first in watched(range(start, stop, 64), label):
             last = min(first + 64, stop)
             k, self.hint = next_base(low, step, first, last, wanted, self.dim, self.length, self.extra, self.hint)
             if k >= 0:
@@ -180,27 +181,6 @@ class _Search:
             fails = failure(middle, self.dim, self.length, self.extra, self.hint) >= 0
             bad, good = (middle, good) if fails else (bad, middle)
         return good
-
-
-def _progress(values: range, label: str) -> Iterator[int]:
-    """Pass values through; on a terminal, draw a bar once two seconds have gone by."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=len(values))
-    began, drawn = time.monotonic(), False
-    try:
-        for done, value in enumerate(values):
-            if not drawn and bar.console.is_terminal and time.monotonic() - began > 2:
-                bar.start()
-                drawn = True
-            if drawn and done % 4 == 0:
-                bar.update(task, completed=done)
-            yield value
-    finally:
-        if drawn:
-            bar.stop()
 
 
 def _table(base: float, dim: int) -> np.ndarray:

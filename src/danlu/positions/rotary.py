@@ -37,7 +37,8 @@ def inverse_frequencies(dim: int, base: float = 10000.0) -> Tensor:
         raise ValueError(f"dim must be an even number of at least 2, got {dim}")
     if not (math.isfinite(base) and base > 1):
         raise ValueError(f"base must be a finite number greater than 1, got {base}")
-    return float(base) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    # an explicit device: hosts build models under a default device that holds no numbers
+    return float(base) ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 def interleaved_to_half(x: Tensor) -> Tensor:
