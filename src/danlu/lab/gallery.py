@@ -38,7 +38,8 @@ def draw(record: Record, directory: Path = DIRECTORY) -> Path | None:
             style = {"linestyle": "none", "markersize": 8, "alpha": 0.8} if plot.x_names else {"markersize": 4}
             axes.plot(plot.x, shown, marker="o" if len(shown) <= 20 else None, label=name, **style)
         if plot.x_names:
-            axes.set_xticks(plot.x, plot.x_names)
+            lean: Any = {"rotation": 30, "ha": "right"} if sum(map(len, plot.x_names)) > 60 else {}
+            axes.set_xticks(plot.x, plot.x_names, **lean)
             axes.set_xlim(min(plot.x) - 0.4, max(plot.x) + 0.4)
         if plot.log_x:
             axes.set_xscale("log", base=2)
