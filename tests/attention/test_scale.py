@@ -330,3 +330,12 @@ def test_module_bad_input():
         LogitScale(64, maximum=0.0)
     with pytest.raises(ValueError, match="positions is needed"):
         LogitScale(mode="per_position")(torch.zeros(1, 1, 2, 4))
+
+
+def test_masked_scores_do_not_move_the_empirical_optimum():
+    scores = torch.randn(64, 40, generator=torch.Generator().manual_seed(9))
+    masked = torch.cat((scores, torch.full((64, 25), -math.inf)), -1)
+    wanted = optimal_scale(40, objective="empirical", scores=scores)
+    assert optimal_scale(65, objective="empirical", scores=masked) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="not all equal or masked"):
+        optimal_scale(4, objective="empirical", scores=torch.full((3, 4), -math.inf))

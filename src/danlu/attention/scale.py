@@ -113,7 +113,8 @@ def optimal_scale(
             on float64 arrays, for instance :func:`sample_log_moment`.
         d: dimension, >= 2, for ``"cosine"`` only.
         objective: ``"surrogate"`` (default) or ``"empirical"``.
-        scores: for ``"empirical"``: measured scores, shape ``(..., n)`` with ``n`` a single number.
+        scores: for ``"empirical"``: measured scores, shape ``(..., n)`` with ``n`` a single number; ``-inf`` masks a
+            candidate.
         statistic: for ``"empirical"``: ``"median"`` (has a peak) or ``"mean"`` (nearly a plateau: a noisy peak).
 
     Returns:
@@ -159,9 +160,12 @@ def _empirical(counts: Array, scores: Tensor | Array | None, statistic: str) -> 
     if statistic not in ("median", "mean"):
         raise ValueError(f'statistic must be "median" or "mean", got {statistic!r}')
     rows = torch.as_tensor(scores).detach().double().reshape(-1, scores.shape[-1])
-    spread = rows.std(dim=-1, correction=0).mean().item()
+    masked = rows == -math.inf
+    kept = (~masked).sum(-1)
+    mean = rows.masked_fill(masked, 0.0).sum(-1) / kept
+    spread = (rows - mean[:, None]).masked_fill(masked, 0.0).square().sum(-1).div(kept).sqrt().mean().item()
     if not 0 < spread < math.inf:
-        raise ValueError("scores must be finite and not all equal; drop masked scores (-inf) first")
+        raise ValueError("scores must be finite (or -inf, which masks a candidate) and not all equal or masked")
 
     def objective(log_a: Array) -> Array:
         per_row = [softmax_grad_l1(rows, math.exp(x)) for x in np.ravel(log_a)]

@@ -202,7 +202,7 @@ class LengthReport:
 
     def to_json(self) -> str:
         """The report as JSON text; numbers that are not finite become null."""
-        return json.dumps({"format": FORMAT, **_finite(asdict(self))}, indent=1, allow_nan=False)
+        return json.dumps({"format": FORMAT, **finite_or_none(asdict(self))}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> LengthReport:
@@ -215,10 +215,11 @@ class LengthReport:
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"not a length report of format {FORMAT}")
         data["measurements"] = tuple(
-            Measurement(**{**row, "losses": tuple(_nan(x) for x in row["losses"])}) for row in data["measurements"]
+            Measurement(**{**row, "losses": tuple(nan_if_none(x) for x in row["losses"])})
+            for row in data["measurements"]
         )
         data["needles"] = tuple(
-            NeedleScore(**{**row, "log_probability": _nan(row["log_probability"])}) for row in data["needles"]
+            NeedleScore(**{**row, "log_probability": nan_if_none(row["log_probability"])}) for row in data["needles"]
         )
         for name in ("lengths", "stacks", "notes"):
             data[name] = tuple(data[name])
@@ -242,13 +243,14 @@ def _standard_error(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
-def _finite(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """Replace numbers that JSON does not know by None, inside dictionaries and sequences too."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_or_none(item) for item in value]
     return value
 
 
@@ -256,5 +258,6 @@ def _nan_last(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _nan(value: float | None) -> float:
+def nan_if_none(value: float | None) -> float:
+    """Undo ``finite_or_none`` for one number."""
     return math.nan if value is None else value

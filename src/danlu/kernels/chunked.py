@@ -63,7 +63,7 @@ def attend(
         offset = n_keys - key.shape[2]
         q = queries[part.query][:, :, first:last].to(high)
         k = key[:, :, max(columns[0] - offset, 0) : max(columns[1] - offset, 0)]
-        raw = _grouped(q * scale, k.mT)
+        raw = grouped_product(q * scale, k.mT)
         if columns[0] < offset:  # slots that this key tensor does not hold are out of its reach
             missing = min(columns[1], offset) - columns[0]
             raw = torch.cat((raw.new_zeros(*raw.shape[:3], max(missing, 0)), raw), -1)
@@ -107,8 +107,16 @@ def _reach(part: Part, n_keys: int, positions: tuple[int, int] | None) -> tuple[
     return start, max(start, stop)
 
 
-def _grouped(x: Tensor, y: Tensor) -> Tensor:
-    """Multiply (batch, heads, rows, a) by (batch, kv_heads, a, b), each kv head serving a group of heads."""
+def grouped_product(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply (batch, heads, rows, a) by (batch, kv_heads, a, b), each kv head serving a group of heads.
+
+    Args:
+        x: left factor.
+        y: right factor; kv_heads divides heads.
+
+    Returns:
+        (batch, heads, rows, b).
+    """
     batch, heads, rows, width = x.shape
     folded = x.reshape(batch, y.shape[1], heads // y.shape[1] * rows, width)
     return (folded @ y).reshape(batch, heads, rows, y.shape[-1])
@@ -124,7 +132,7 @@ def _softmax(
     top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
     weights = [((s - top[..., None]).exp(), columns) for s, columns in scores]
     total = torch.stack([p.sum(-1) for p, _ in weights]).sum(0)
-    out = torch.stack([_grouped(p, value[:, :, first:last]) for p, (first, last) in weights]).sum(0)
+    out = torch.stack([grouped_product(p, value[:, :, first:last]) for p, (first, last) in weights]).sum(0)
     seen = total > 0
     safe = torch.where(seen, total, torch.ones_like(total))
     return out / safe[..., None], torch.where(seen, top + safe.log(), torch.full_like(top, -torch.inf))

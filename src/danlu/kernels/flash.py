@@ -97,10 +97,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     """
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge needs one log-sum-exp per output, got {len(outs)} outputs and {len(lses)}")
-    stacked = torch.stack([x if x.dtype == torch.float64 else x.float() for x in lses])
-    top = stacked.detach().amax(0)
-    top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
-    weights = (stacked - top).exp()
+    top, weights = relative_weights(torch.stack([x if x.dtype == torch.float64 else x.float() for x in lses]))
     total = weights.sum(0)
     seen = total > 0
     safe = torch.where(seen, total, torch.ones_like(total))
@@ -109,6 +106,19 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         out = out + o.to(weights.dtype) * (weight / safe)[..., None]
     lse = torch.where(seen, top + safe.log(), torch.full_like(top, -torch.inf))
     return out.to(outs[0].dtype), lse
+
+
+def relative_weights(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponentials of stacked logarithms against their largest: what every merge of softmax states begins with.
+
+    Args:
+        logs: (n, ...), -inf allowed, also for all n.
+
+    Returns:
+        (top, weights): the largest (...), without gradient, and exp(logs - top) (n, ...), 0 where a logarithm is -inf.
+    """
+    top = logs.detach().amax(0)
+    return top, (logs - top.masked_fill(top == -math.inf, 0.0)).exp()
 
 
 class _Attend(torch.autograd.Function):
@@ -194,11 +204,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     dtype = queries[0].dtype
     high = _accumulation_dtype(dtype)
-    out, lse = _Sum(queries[0], high), _LogSum(queries[0][..., 0], high)
     n_queries, n_keys = queries[0].shape[2], value.shape[2]
     blocks = [block for part in parts for block in plan(part, n_queries, n_keys)]
     if len(blocks) == 1 and blocks[0].kind != "band" and blocks[0].rows == (0, n_queries):
         return vendor.forward(blocks[0], *_operands(blocks[0], queries, keys, value), scale)
+    out, lse = _Sum(queries[0], high), _LogSum(queries[0][..., 0], high)
     for block in blocks:
         operands = _operands(block, queries, keys, value)
         first, last = block.rows
