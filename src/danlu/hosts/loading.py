@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 from danlu.assets import nano_path
+
+#: Modules that tell the host's Auto classes about our own model types; named, since they lie on a higher floor.
+_OWN_MODELS = ("danlu.models.decoder", "danlu.models.roformer_v2")
+
+
+def register_own_models() -> None:
+    """Let the host's Auto classes know the model types ``danlu`` and ``roformer_v2``; twice does no harm."""
+    for name in _OWN_MODELS:
+        importlib.import_module(name)
 
 
 def load_causal_lm(name: str, *, device: str = "auto", dtype: str = "auto", argument: str = "model") -> tuple[Any, Any]:
@@ -36,6 +47,7 @@ def load_language_model(
     """
     from transformers import AutoConfig
 
+    register_own_models()
     kinds: list[str] = []
     if name != "danlu-nano":
         try:
@@ -45,12 +57,26 @@ def load_language_model(
     return _load(name, kinds[0] if kinds else "AutoModelForCausalLM", device, dtype, argument)
 
 
-def _load(name: str, kind: str, device: str, dtype: str, argument: str) -> tuple[Any, Any]:
+def load_next_sentence_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", argument: str = "model"
+) -> tuple[Any, Any]:
+    """Like :func:`load_causal_lm`, but a BERT with its next-sentence head, which must be in the checkpoint.
+
+    Raises:
+        ValueError: as there, or the head or the pooler is missing and would be random.
+    """
+    needed = r"\bpooler\.|seq_relationship\."
+    return _load(name, "AutoModelForNextSentencePrediction", device, dtype, argument, needed)
+
+
+def _load(name: str, kind: str, device: str, dtype: str, argument: str, needed: str | None = None) -> tuple[Any, Any]:
+    """Load; ``needed`` is a regular expression of parameters that must not be missing."""
     import torch
     import transformers
     from safetensors import SafetensorError
     from transformers.utils import logging as host_logging
 
+    register_own_models()
     if name == "danlu-nano":
         name = str(nano_path())
     place = _device(device)
@@ -66,16 +92,22 @@ def _load(name: str, kind: str, device: str, dtype: str, argument: str) -> tuple
     host_logging.set_verbosity_error()
     host_logging.disable_progress_bar()
     what = "causal language model" if kind == "AutoModelForCausalLM" else kind
-    if not hasattr(transformers, kind):
+    owners = (transformers, *map(importlib.import_module, _OWN_MODELS))
+    kinds = [getattr(owner, kind) for owner in owners if hasattr(owner, kind)]
+    if not kinds:
         raise ValueError(f"{argument} {name} is a {kind}, which transformers does not have")
     try:
-        model = getattr(transformers, kind).from_pretrained(name, dtype=wanted)
+        model, report = kinds[0].from_pretrained(name, dtype=wanted, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except SafetensorError as error:
         raise ValueError(f"the checkpoint in {name} is truncated or damaged ({error}): fetch it again") from error
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot load a {what} and its tokenizer from {name}: {first}") from error
+    if missing := sorted(key for key in report["missing_keys"] if needed and re.search(needed, key)):
+        raise ValueError(
+            f"the checkpoint in {name} has no trained {', '.join(missing)}: transformers would fill in random numbers"
+        )
     return model.to(place).eval(), tokenizer
 
 
