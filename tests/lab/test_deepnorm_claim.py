@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from danlu.lab import corpora
 from danlu.lab import deepnorm as depth
 from danlu.lab.claim import HOLDS, HOLDS_IN_PART, Context
 
-TEXT = depth.as_bytes(tuple(f"def f(x):\n    return x + {i}\n" for i in range(400)))
+TEXT = corpora.as_bytes(tuple(f"def f(x):\n    return x + {i}\n" for i in range(400)))
 CONTEXT = Context(seeds=(0,), cache=Path("unused"))
 
 

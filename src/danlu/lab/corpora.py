@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from danlu.context.text import docstrings, held_out_files, prose_files, training_files
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,28 @@ def english(train_bytes: int, test_bytes: int) -> Corpus:
     """English prose: documentation strings of the standard library and of packages that danlu needs, by module."""
     train, test = prose_files()
     return Corpus("English", _cut(map(docstrings, train), train_bytes), _cut(map(docstrings, test), test_bytes))
+
+
+def as_bytes(documents: tuple[str, ...]) -> Tensor:
+    """Documents one after another as uint8 (bytes,)."""
+    import torch
+
+    return torch.frombuffer(bytearray("\n".join(documents).encode()), dtype=torch.uint8)
+
+
+def windows(text: Tensor, rows: int, length: int, generator: Generator) -> Tensor:
+    """Random stretches of a text: int64 (rows, length).
+
+    Args:
+        text: (tokens,) integers.
+        rows: how many.
+        length: tokens of each.
+        generator: where they are drawn from.
+    """
+    import torch
+
+    starts = torch.randint(len(text) - length + 1, (rows,), generator=generator)
+    return text[starts[:, None] + torch.arange(length)].long()
 
 
 def chinese(train_bytes: int, test_bytes: int) -> Corpus:

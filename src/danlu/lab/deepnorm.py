@@ -59,7 +59,7 @@ def deepnorm(context: Context) -> Evidence:
     """Increments at three depths, then two trainings."""
     seed = context.seeds[0]
     corpus = corpora.code(400_000, 100_000)
-    text, held_out = as_bytes(corpus.train), as_bytes(corpus.test)
+    text, held_out = corpora.as_bytes(corpus.train), corpora.as_bytes(corpus.test)
     changes = increments(text, seed, _DEPTHS)
     middle = {
         name: fitted(name, *_MIDDLE, text, held_out, seed, context) for name in ("plain post-norm", "paper", "Adam row")
@@ -184,7 +184,7 @@ def increments(text: Tensor, seed: int, depths: tuple[int, ...]) -> dict[tuple[s
     """
     from danlu.models.increments import check_increments
 
-    tokens = _windows(text, _BATCH, 2 * _LENGTH, torch.Generator().manual_seed(seed))
+    tokens = corpora.windows(text, _BATCH, 2 * _LENGTH, torch.Generator().manual_seed(seed))
     rows: dict[tuple[str, str, str], list[float]] = {}
     for update, factory in _UPDATES.items():
         for name in _VARIANTS:
@@ -220,13 +220,13 @@ def fitted(
     from danlu.models.deepnorm import vector_rate_groups
 
     def batches(generator: torch.Generator) -> dict[str, Any]:
-        windows = _windows(text, schedule.batch, _LENGTH + 1, generator)
+        windows = corpora.windows(text, schedule.batch, _LENGTH + 1, generator)
         return {"input_ids": windows[:, :-1], "targets": windows[:, 1:]}
 
     made = model(name, layers, seed)
     groups = vector_rate_groups(made, schedule.learning_rate) if slow_vectors else None
     losses = train(made, batches, schedule, seed, context, f"{name}, {layers} layers", groups=groups)
-    windows = _windows(held_out, 256, _LENGTH + 1, torch.Generator().manual_seed(7919))
+    windows = corpora.windows(held_out, 256, _LENGTH + 1, torch.Generator().manual_seed(7919))
     with torch.no_grad():
         logits = made(input_ids=windows[:, :-1]).logits
     return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())), losses
@@ -254,16 +254,6 @@ def unigram_loss(text: Tensor, held_out: Tensor) -> float:
     """Cross-entropy per byte of the held-out text under the byte frequencies of the training text (add one)."""
     counts = torch.bincount(text.long(), minlength=256).double() + 1
     return float(-(counts / counts.sum()).log()[held_out.long()].mean())
-
-
-def as_bytes(documents: tuple[str, ...]) -> Tensor:
-    """Documents one after another as uint8 (bytes,)."""
-    return torch.frombuffer(bytearray("\n".join(documents).encode()), dtype=torch.uint8)
-
-
-def _windows(text: Tensor, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(text) - length + 1, (rows,), generator=generator)
-    return text[starts[:, None] + torch.arange(length)].long()
 
 
 def _growth(values: tuple[float, ...]) -> tuple[float, ...]:

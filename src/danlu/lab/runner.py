@@ -25,6 +25,7 @@ FAMILIES = (
     "rerope",
     "robustness",
     "scale",
+    "concentration",
     "compression",
     "segmentation",
     "optimisers",
@@ -34,6 +35,12 @@ FAMILIES = (
     "ladder",
     "growth",
     "deepnorm",
+    "masks",
+    "latent",
+    "conversion",
+    "linear",
+    "recurrent",
+    "encoders",
 )
 
 _CLAIMS: dict[str, Claim] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from danlu.files import replacing_folder
-from danlu.hosts.loading import load_causal_lm
+from danlu.hosts.loading import load_causal_lm, register_own_models
 from danlu.hosts.parameters import Kind, classify_parameters
 from danlu.training.tables import AdamW, Lion, LowRank, Muon, Recipe, Tiger
 from danlu.training.texts import source_files
@@ -146,6 +146,7 @@ def _tokenizer(recipe: Recipe, folder: Path) -> Any:
 def _new_model(recipe: Recipe, tokenizer: Any) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register_own_models()
     fields = dict(recipe.model.config or {})
     kind = fields.pop("model_type")
     fields.setdefault("vocab_size", len(tokenizer))
