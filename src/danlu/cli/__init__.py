@@ -13,9 +13,13 @@ from danlu.cli.errors import is_user_error, one_sentence
 
 #: Subcommands and where their Typer applications live.
 COMMANDS = {
+    "classify": "danlu.cli.classify:app",
     "extend": "danlu.cli.extend:app",
     "grow": "danlu.cli.grow:app",
+    "kv-cache": "danlu.cli.kv_cache:app",
     "lab": "danlu.cli.lab:app",
+    "probe": "danlu.cli.probe:app",
+    "to-mla": "danlu.cli.to_mla:app",
     "tokenizer": "danlu.cli.tokenizer:app",
     "train": "danlu.cli.train:app",
 }

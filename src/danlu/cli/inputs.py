@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from danlu.context.documents import decode_text
+
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """The model and tokenizer that ``--model`` names; see ``danlu.hosts.loading.load_causal_lm``."""
@@ -29,17 +31,7 @@ def read_texts(names: Sequence[str]) -> str:
 def _read(name: str) -> str:
     what = "standard input" if name == "-" else name
     content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    if not content.strip():
-        raise ValueError(f"{what} is empty: pass a text")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{what} is not UTF-8 text (byte 0x{content[error.start]:02x} at offset {error.start}): pass a text file"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"{what} is binary (a zero byte at offset {content.index(0)}): pass a text file")
-    return text
+    return decode_text(content, what)
 
 
 def parse_lengths(text: str, trained_length: int) -> list[int]:
