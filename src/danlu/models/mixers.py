@@ -72,30 +72,28 @@ def _latent(config: DanluConfig) -> nn.Module:
 def _linear(config: DanluConfig) -> nn.Module:
     from danlu.attention.linear import LinearAttention
 
-    return LinearAttention(
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        feature_map=config.feature_map,
-        features=config.num_features,
-        chunk=config.block_size,
-        rope_base=config.rope_parameters["rope_theta"],
-    )
+    own: dict[str, Any] = {
+        "feature_map": config.feature_map,
+        "features": config.num_features,
+        "chunk": config.block_size,
+    }
+    return LinearAttention(**_heads(config), **own)
 
 
 def _vq(config: DanluConfig) -> nn.Module:
     from danlu.attention.vq import VQAttention
 
-    return VQAttention(
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        codes=config.num_codes,
-        block=config.block_size,
-        rope_base=config.rope_parameters["rope_theta"],
-    )
+    return VQAttention(**_heads(config), codes=config.num_codes, block=config.block_size)
+
+
+def _heads(config: DanluConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rope_base": config.rope_parameters["rope_theta"],
+    }
 
 
 def _recurrent(config: DanluConfig) -> nn.Module:
