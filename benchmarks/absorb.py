@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from danlu.attention.absorb import absorb
-from danlu.attention.latent_cache import LatentLayer
+from danlu.attention.latent.absorb import absorb
+from danlu.attention.latent.cache import LatentLayer
 from danlu.lab.latent import attention_step, filled_cache, interleaved, small_model, step
 from danlu.lab.measuring import peak_bytes
 

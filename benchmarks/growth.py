@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as host_logging
 
-from danlu.tuning.growth import grow
+from danlu.tuning.growth.grow import grow
 
 Call = Callable[[], object]
 

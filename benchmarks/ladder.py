@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.lab.backward_memory import SavedForBackward
-from danlu.tuning.ladder import LadderConfig, LadderModel
-from danlu.tuning.ladder_cache import PadRight
+from danlu.tuning.ladder.cache import PadRight
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 
 VOCABULARY = 2048
 LADDERS = {

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import danlu
 from danlu.lab.measuring import peak_bytes
-from danlu.tuning.latent_conversion import to_mla
+from danlu.tuning.latent.conversion import to_mla
 
 LENGTH, RANK, ROPE = 512, 192, 64
 

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu.attention.feature_maps import ExpFeatures, FavorFeatures
-from danlu.attention.linear import LinearAttention
-from danlu.attention.linear_engine import linear_attention
-from danlu.attention.vq import VQAttention
-from danlu.attention.vq_engine import vq_attention
+from danlu.attention.linear.engine import linear_attention
+from danlu.attention.linear.feature_maps import ExpFeatures, FavorFeatures
+from danlu.attention.linear.layer import LinearAttention
+from danlu.attention.vq.engine import vq_attention
+from danlu.attention.vq.layer import VQAttention
 from danlu.lab.measuring import peak_bytes
 from danlu.positions.rotary import Rotary, inverse_frequencies
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from danlu.attention.streaming import SoftmaxState, chunked_attention
+from danlu.attention.streaming.state import SoftmaxState, chunked_attention
 from danlu.lab.measuring import peak_bytes
 
 DIM = 64

@@ -13,37 +13,37 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors; a test compares the two
     from danlu.assets import nano_path as nano_path
-    from danlu.attention.absorb import absorb as absorb
-    from danlu.attention.absorb import unabsorb as unabsorb
-    from danlu.attention.absorbed import absorbed_attention as absorbed_attention
-    from danlu.attention.absorbed import prefers_absorbed as prefers_absorbed
     from danlu.attention.hybrid import hwfa_config as hwfa_config
     from danlu.attention.hybrid import suggest_window as suggest_window
-    from danlu.attention.key_compression import compress_keys as compress_keys
     from danlu.attention.key_norm import add_key_norm as add_key_norm
     from danlu.attention.key_norm import key_norm as key_norm
-    from danlu.attention.latent import MultiheadLatentAttention as MultiheadLatentAttention
-    from danlu.attention.linear import LinearAttention as LinearAttention
-    from danlu.attention.linear_engine import linear_attention as linear_attention
+    from danlu.attention.latent.absorb import absorb as absorb
+    from danlu.attention.latent.absorb import unabsorb as unabsorb
+    from danlu.attention.latent.absorbed import absorbed_attention as absorbed_attention
+    from danlu.attention.latent.absorbed import prefers_absorbed as prefers_absorbed
+    from danlu.attention.latent.layer import MultiheadLatentAttention as MultiheadLatentAttention
+    from danlu.attention.linear.engine import linear_attention as linear_attention
+    from danlu.attention.linear.layer import LinearAttention as LinearAttention
     from danlu.attention.masks import make_mask as make_mask
     from danlu.attention.measure import attention_stats as attention_stats
-    from danlu.attention.recompute import RecomputeCache as RecomputeCache
-    from danlu.attention.recurrent import LRU as LRU
-    from danlu.attention.recurrent import SLRU as SLRU
-    from danlu.attention.recurrent_block import LRUBlock as LRUBlock
-    from danlu.attention.recurrent_block import recurrent_param_groups as recurrent_param_groups
+    from danlu.attention.recurrent.block import LRUBlock as LRUBlock
+    from danlu.attention.recurrent.block import recurrent_param_groups as recurrent_param_groups
+    from danlu.attention.recurrent.lru import LRU as LRU
+    from danlu.attention.recurrent.lru import SLRU as SLRU
+    from danlu.attention.recurrent.rwkv import RWKV4Mix as RWKV4Mix
     from danlu.attention.rerope import rerope_attention as rerope_attention
-    from danlu.attention.rwkv import RWKV4Mix as RWKV4Mix
     from danlu.attention.scale import LogitScale as LogitScale
     from danlu.attention.scale import effective_tokens as effective_tokens
     from danlu.attention.scale import log_n_factor as log_n_factor
     from danlu.attention.scale import optimal_scale as optimal_scale
     from danlu.attention.scale import softmax_grad_l1 as softmax_grad_l1
-    from danlu.attention.streaming import SoftmaxState as SoftmaxState
-    from danlu.attention.streaming import attention_over_parts as attention_over_parts
-    from danlu.attention.streaming import chunked_attention as chunked_attention
-    from danlu.attention.vq import VQAttention as VQAttention
-    from danlu.attention.vq_engine import vq_attention as vq_attention
+    from danlu.attention.streaming.recompute import RecomputeCache as RecomputeCache
+    from danlu.attention.streaming.state import SoftmaxState as SoftmaxState
+    from danlu.attention.streaming.state import attention_over_parts as attention_over_parts
+    from danlu.attention.streaming.state import chunked_attention as chunked_attention
+    from danlu.attention.vq.engine import vq_attention as vq_attention
+    from danlu.attention.vq.key_compression import compress_keys as compress_keys
+    from danlu.attention.vq.layer import VQAttention as VQAttention
     from danlu.attention.window import window_attention as window_attention
     from danlu.context.evaluate import LengthReport as LengthReport
     from danlu.context.evaluate import evaluate_lengths as evaluate_lengths
@@ -72,11 +72,11 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.losses.emo_functional import emo_loss as emo_loss
     from danlu.losses.emo_functional import linear_emo_loss as linear_emo_loss
     from danlu.losses.mixing import MixingSchedule as MixingSchedule
-    from danlu.models.decoder import DanluConfig as DanluConfig
-    from danlu.models.decoder import DanluForCausalLM as DanluForCausalLM
-    from danlu.models.decoder import DanluForMaskedLM as DanluForMaskedLM
-    from danlu.models.decoder import DanluForSequenceClassification as DanluForSequenceClassification
-    from danlu.models.decoder import DanluModel as DanluModel
+    from danlu.models.decoder.heads import DanluConfig as DanluConfig
+    from danlu.models.decoder.heads import DanluForCausalLM as DanluForCausalLM
+    from danlu.models.decoder.heads import DanluForMaskedLM as DanluForMaskedLM
+    from danlu.models.decoder.heads import DanluForSequenceClassification as DanluForSequenceClassification
+    from danlu.models.decoder.heads import DanluModel as DanluModel
     from danlu.models.deepnorm import apply_deepnorm as apply_deepnorm
     from danlu.models.deepnorm import fold_alpha as fold_alpha
     from danlu.models.deepnorm import load_deepnorm as load_deepnorm
@@ -87,15 +87,17 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.models.residual import PostNorm as PostNorm
     from danlu.models.residual import PreNorm as PreNorm
     from danlu.models.residual import deepnorm_constants as deepnorm_constants
-    from danlu.models.roformer_v2 import RoFormerV2Config as RoFormerV2Config
-    from danlu.models.roformer_v2 import RoFormerV2ForMaskedLM as RoFormerV2ForMaskedLM
-    from danlu.models.roformer_v2 import RoFormerV2ForMultipleChoice as RoFormerV2ForMultipleChoice
-    from danlu.models.roformer_v2 import RoFormerV2ForQuestionAnswering as RoFormerV2ForQuestionAnswering
-    from danlu.models.roformer_v2 import RoFormerV2ForSequenceClassification as RoFormerV2ForSequenceClassification
-    from danlu.models.roformer_v2 import RoFormerV2ForTokenClassification as RoFormerV2ForTokenClassification
-    from danlu.models.roformer_v2 import RoFormerV2Model as RoFormerV2Model
-    from danlu.models.roformer_v2_init import roformer_v2_init_ as roformer_v2_init_
-    from danlu.models.roformer_v2_training import ResidualWarmupCallback as ResidualWarmupCallback
+    from danlu.models.roformer_v2.heads import RoFormerV2Config as RoFormerV2Config
+    from danlu.models.roformer_v2.heads import RoFormerV2ForMaskedLM as RoFormerV2ForMaskedLM
+    from danlu.models.roformer_v2.heads import RoFormerV2ForMultipleChoice as RoFormerV2ForMultipleChoice
+    from danlu.models.roformer_v2.heads import RoFormerV2ForQuestionAnswering as RoFormerV2ForQuestionAnswering
+    from danlu.models.roformer_v2.heads import (
+        RoFormerV2ForSequenceClassification as RoFormerV2ForSequenceClassification,
+    )
+    from danlu.models.roformer_v2.heads import RoFormerV2ForTokenClassification as RoFormerV2ForTokenClassification
+    from danlu.models.roformer_v2.heads import RoFormerV2Model as RoFormerV2Model
+    from danlu.models.roformer_v2.initialise import roformer_v2_init_ as roformer_v2_init_
+    from danlu.models.roformer_v2.training import ResidualWarmupCallback as ResidualWarmupCallback
     from danlu.optim.folding import fold_in_backward as fold_in_backward
     from danlu.optim.folding import fold_in_trainer as fold_in_trainer
     from danlu.optim.gradient_solvers import solve_min_norm as solve_min_norm
@@ -127,45 +129,45 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.training.recipe import load_recipe as load_recipe
     from danlu.training.report import TrainingReport as TrainingReport
     from danlu.training.run import run_recipe as run_recipe
-    from danlu.tuning.growth import grow as grow
-    from danlu.tuning.growth import verify_growth as verify_growth
-    from danlu.tuning.growth_state import grow_optimizer as grow_optimizer
-    from danlu.tuning.growth_state import symmetry_gap as symmetry_gap
-    from danlu.tuning.kv_cache import KVCacheReport as KVCacheReport
-    from danlu.tuning.kv_cache import kv_cache_report as kv_cache_report
-    from danlu.tuning.ladder import LadderModel as LadderModel
-    from danlu.tuning.ladder_cache import LadderFeatures as LadderFeatures
-    from danlu.tuning.ladder_cache import PadRight as PadRight
-    from danlu.tuning.ladder_config import LadderConfig as LadderConfig
-    from danlu.tuning.latent_conversion import ConversionResult as ConversionResult
-    from danlu.tuning.latent_conversion import to_mla as to_mla
-    from danlu.tuning.latent_norm import freeze_silent as freeze_silent
-    from danlu.tuning.latent_report import ConversionReport as ConversionReport
+    from danlu.tuning.growth.grow import grow as grow
+    from danlu.tuning.growth.grow import verify_growth as verify_growth
+    from danlu.tuning.growth.state import grow_optimizer as grow_optimizer
+    from danlu.tuning.growth.state import symmetry_gap as symmetry_gap
+    from danlu.tuning.kv_cache.report import KVCacheReport as KVCacheReport
+    from danlu.tuning.kv_cache.report import kv_cache_report as kv_cache_report
+    from danlu.tuning.ladder.cache import LadderFeatures as LadderFeatures
+    from danlu.tuning.ladder.cache import PadRight as PadRight
+    from danlu.tuning.ladder.config import LadderConfig as LadderConfig
+    from danlu.tuning.ladder.model import LadderModel as LadderModel
+    from danlu.tuning.latent.conversion import ConversionResult as ConversionResult
+    from danlu.tuning.latent.conversion import to_mla as to_mla
+    from danlu.tuning.latent.norm import freeze_silent as freeze_silent
+    from danlu.tuning.latent.report import ConversionReport as ConversionReport
     from danlu.zero_shot.contrast import SamplesContrast as SamplesContrast
     from danlu.zero_shot.nsp import NSPClassifier as NSPClassifier
 
 #: module -> the public names it defines
 _HOMES = {
     "danlu.assets": ("nano_path",),
-    "danlu.attention.absorb": ("absorb", "unabsorb"),
-    "danlu.attention.absorbed": ("absorbed_attention", "prefers_absorbed"),
     "danlu.attention.hybrid": ("hwfa_config", "suggest_window"),
-    "danlu.attention.key_compression": ("compress_keys",),
     "danlu.attention.key_norm": ("add_key_norm", "key_norm"),
-    "danlu.attention.latent": ("MultiheadLatentAttention",),
-    "danlu.attention.linear": ("LinearAttention",),
-    "danlu.attention.linear_engine": ("linear_attention",),
+    "danlu.attention.latent.absorb": ("absorb", "unabsorb"),
+    "danlu.attention.latent.absorbed": ("absorbed_attention", "prefers_absorbed"),
+    "danlu.attention.latent.layer": ("MultiheadLatentAttention",),
+    "danlu.attention.linear.engine": ("linear_attention",),
+    "danlu.attention.linear.layer": ("LinearAttention",),
     "danlu.attention.masks": ("make_mask",),
     "danlu.attention.measure": ("attention_stats",),
-    "danlu.attention.recompute": ("RecomputeCache",),
-    "danlu.attention.recurrent": ("LRU", "SLRU"),
-    "danlu.attention.recurrent_block": ("LRUBlock", "recurrent_param_groups"),
+    "danlu.attention.recurrent.block": ("LRUBlock", "recurrent_param_groups"),
+    "danlu.attention.recurrent.lru": ("LRU", "SLRU"),
+    "danlu.attention.recurrent.rwkv": ("RWKV4Mix",),
     "danlu.attention.rerope": ("rerope_attention",),
-    "danlu.attention.rwkv": ("RWKV4Mix",),
     "danlu.attention.scale": ("LogitScale", "effective_tokens", "log_n_factor", "optimal_scale", "softmax_grad_l1"),
-    "danlu.attention.streaming": ("SoftmaxState", "attention_over_parts", "chunked_attention"),
-    "danlu.attention.vq": ("VQAttention",),
-    "danlu.attention.vq_engine": ("vq_attention",),
+    "danlu.attention.streaming.recompute": ("RecomputeCache",),
+    "danlu.attention.streaming.state": ("SoftmaxState", "attention_over_parts", "chunked_attention"),
+    "danlu.attention.vq.engine": ("vq_attention",),
+    "danlu.attention.vq.key_compression": ("compress_keys",),
+    "danlu.attention.vq.layer": ("VQAttention",),
     "danlu.attention.window": ("window_attention",),
     "danlu.context.evaluate": ("LengthReport", "evaluate_lengths"),
     "danlu.context.extend": ("active_methods", "extend", "extended", "restore"),
@@ -191,7 +193,7 @@ _HOMES = {
     "danlu.losses.emo": ("EMOLoss",),
     "danlu.losses.emo_functional": ("emo_loss", "linear_emo_loss"),
     "danlu.losses.mixing": ("MixingSchedule",),
-    "danlu.models.decoder": (
+    "danlu.models.decoder.heads": (
         "DanluConfig",
         "DanluForCausalLM",
         "DanluForMaskedLM",
@@ -207,7 +209,7 @@ _HOMES = {
     ),
     "danlu.models.increments": ("check_increments",),
     "danlu.models.residual": ("DeepNormResidual", "PostNorm", "PreNorm", "deepnorm_constants"),
-    "danlu.models.roformer_v2": (
+    "danlu.models.roformer_v2.heads": (
         "RoFormerV2Config",
         "RoFormerV2ForMaskedLM",
         "RoFormerV2ForMultipleChoice",
@@ -216,8 +218,8 @@ _HOMES = {
         "RoFormerV2ForTokenClassification",
         "RoFormerV2Model",
     ),
-    "danlu.models.roformer_v2_init": ("roformer_v2_init_",),
-    "danlu.models.roformer_v2_training": ("ResidualWarmupCallback",),
+    "danlu.models.roformer_v2.initialise": ("roformer_v2_init_",),
+    "danlu.models.roformer_v2.training": ("ResidualWarmupCallback",),
     "danlu.optim.folding": ("fold_in_backward", "fold_in_trainer"),
     "danlu.optim.gradient_solvers": ("solve_min_norm", "solve_mixed", "solve_primary"),
     "danlu.optim.groups": ("tiger_param_groups",),
@@ -242,15 +244,15 @@ _HOMES = {
     "danlu.training.recipe": ("load_recipe",),
     "danlu.training.report": ("TrainingReport",),
     "danlu.training.run": ("run_recipe",),
-    "danlu.tuning.growth": ("grow", "verify_growth"),
-    "danlu.tuning.growth_state": ("grow_optimizer", "symmetry_gap"),
-    "danlu.tuning.kv_cache": ("KVCacheReport", "kv_cache_report"),
-    "danlu.tuning.ladder": ("LadderModel",),
-    "danlu.tuning.ladder_cache": ("LadderFeatures", "PadRight"),
-    "danlu.tuning.ladder_config": ("LadderConfig",),
-    "danlu.tuning.latent_conversion": ("ConversionResult", "to_mla"),
-    "danlu.tuning.latent_norm": ("freeze_silent",),
-    "danlu.tuning.latent_report": ("ConversionReport",),
+    "danlu.tuning.growth.grow": ("grow", "verify_growth"),
+    "danlu.tuning.growth.state": ("grow_optimizer", "symmetry_gap"),
+    "danlu.tuning.kv_cache.report": ("KVCacheReport", "kv_cache_report"),
+    "danlu.tuning.ladder.cache": ("LadderFeatures", "PadRight"),
+    "danlu.tuning.ladder.config": ("LadderConfig",),
+    "danlu.tuning.ladder.model": ("LadderModel",),
+    "danlu.tuning.latent.conversion": ("ConversionResult", "to_mla"),
+    "danlu.tuning.latent.norm": ("freeze_silent",),
+    "danlu.tuning.latent.report": ("ConversionReport",),
     "danlu.zero_shot.contrast": ("SamplesContrast",),
     "danlu.zero_shot.nsp": ("NSPClassifier",),
 }

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import nn
 
-from danlu.attention import absorb_host
-from danlu.attention.absorb import absorb, unabsorb
-from danlu.attention.latent_cache import LatentLayer
+from danlu.attention.latent import host as absorb_host
+from danlu.attention.latent.absorb import absorb, unabsorb
+from danlu.attention.latent.cache import LatentLayer
 from reference.latent_hosts import FAMILIES, YARN, caches_latents, latent_model
 
 PROMPT = torch.randint(1, 59, (2, 13), generator=torch.Generator().manual_seed(0))

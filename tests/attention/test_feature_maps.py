@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from danlu.attention.feature_maps import (
+from danlu.attention.linear.engine import linear_attention, linear_attention_weights
+from danlu.attention.linear.feature_maps import (
     EfficientFeatures,
     EluFeatures,
     ExpFeatures,
@@ -17,7 +18,6 @@ from danlu.attention.feature_maps import (
     chi_quantile,
     orthogonal_features,
 )
-from danlu.attention.linear_engine import linear_attention, linear_attention_weights
 from reference import linear as dense
 
 D = 5

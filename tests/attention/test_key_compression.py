@@ -7,8 +7,8 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from danlu.attention.key_compression import compress_keys, kmeans
-from danlu.attention.vq_engine import vq_attention
+from danlu.attention.vq.engine import vq_attention
+from danlu.attention.vq.key_compression import compress_keys, kmeans
 from danlu.positions.rotary import Rotary, inverse_frequencies
 from reference.tiny import tiny_llama
 
@@ -102,7 +102,7 @@ def test_as_many_codes_as_keys_leave_no_error():
 
 @torch.no_grad()
 def test_codebooks_start_a_layer_with_the_projections_of_the_model():
-    from danlu.attention.vq import VQAttention
+    from danlu.attention.vq.layer import VQAttention
 
     model = tiny_llama().eval()
     config, block = model.config, model.model.layers[0]

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from danlu.attention.absorbed import absorbed_attention, prefers_absorbed
-from danlu.attention.latent import MultiheadLatentAttention
-from danlu.attention.latent_cache import LatentLayer
+from danlu.attention.latent.absorbed import absorbed_attention, prefers_absorbed
+from danlu.attention.latent.cache import LatentLayer
+from danlu.attention.latent.layer import MultiheadLatentAttention
 from reference.latent import attention, grouped_attention, latent_attention
 
 SIZES = {"hidden_size": 24, "heads": 3, "kv_rank": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
@@ -58,7 +58,7 @@ def test_absorbed_attention_is_attention_over_the_expanded_keys_and_values(queri
 def test_reading_the_cache_in_stretches_changes_nothing(step, monkeypatch):
     parts = operands()
     whole = absorbed_attention(*parts, 0.3)
-    monkeypatch.setattr("danlu.attention.absorbed._SCORES", step * 2 * 3 * 4)
+    monkeypatch.setattr("danlu.attention.latent.absorbed._SCORES", step * 2 * 3 * 4)
     torch.testing.assert_close(absorbed_attention(*parts, 0.3), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -69,7 +69,7 @@ def test_masks_of_every_shape_hide_what_they_say(monkeypatch):
         full = visible.expand(2, shape[1], 4, 9)
         expected = expanded(*parts, 0.3, full)
         for step in (1 << 22, 60):
-            monkeypatch.setattr("danlu.attention.absorbed._SCORES", step)
+            monkeypatch.setattr("danlu.attention.latent.absorbed._SCORES", step)
             got = absorbed_attention(*parts, 0.3, mask=visible, causal=False)
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
             additive = torch.zeros(shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
@@ -87,7 +87,7 @@ def test_mask_and_causality_hold_together():
 
 def test_a_row_that_sees_nothing_is_zero_and_its_gradient_too(monkeypatch):
     for step in (1 << 22, 60):
-        monkeypatch.setattr("danlu.attention.absorbed._SCORES", step)
+        monkeypatch.setattr("danlu.attention.latent.absorbed._SCORES", step)
         parts = [x.requires_grad_() for x in operands()]
         mask = torch.ones(2, 1, 4, 9, dtype=torch.bool)
         mask[0, 0, 1] = False
@@ -198,7 +198,7 @@ def test_auto_takes_the_form_that_the_choice_says(monkeypatch):
     mla, calls = layer(), []
     real = absorbed_attention
     monkeypatch.setattr(
-        "danlu.attention.latent.absorbed_attention", lambda *a, **k: calls.append(a[0].shape[2]) or real(*a, **k)
+        "danlu.attention.latent.layer.absorbed_attention", lambda *a, **k: calls.append(a[0].shape[2]) or real(*a, **k)
     )
     cache = mla.make_cache()
     x = torch.randn(1, 30, 24, dtype=torch.float64)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.attention.feature_maps import EluFeatures, ExpFeatures, FavorFeatures, FeatureMap, HardVQ, SoftVQ
-from danlu.attention.linear import LinearAttention
-from danlu.attention.linear_engine import linear_attention, linear_attention_weights
+from danlu.attention.linear.engine import linear_attention, linear_attention_weights
+from danlu.attention.linear.feature_maps import EluFeatures, ExpFeatures, FavorFeatures, FeatureMap, HardVQ, SoftVQ
+from danlu.attention.linear.layer import LinearAttention
 from reference import linear as dense
 
 D, M = 4, 6
@@ -243,7 +243,7 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_maps_that_normalise_over_the_length_are_not_causal():
-    from danlu.attention.feature_maps import EfficientFeatures
+    from danlu.attention.linear.feature_maps import EfficientFeatures
 
     x = torch.zeros(1, 2, 4, D)
     with pytest.raises(ValueError, match="causal must be False with EfficientFeatures"):

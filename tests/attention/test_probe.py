@@ -192,7 +192,7 @@ def test_rank_scale_and_position_of_one_head():
 
 
 def test_a_layer_that_attends_with_halves_of_its_heads_is_one_layer():
-    from danlu.models.decoder import DanluConfig, DanluModel
+    from danlu.models.decoder.heads import DanluConfig, DanluModel
 
     sizes = {
         "vocab_size": 97,

@@ -11,8 +11,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from context.families import BY_NAME, in_pieces, left_padded, tokens
-from danlu.attention.recompute import RecomputeCache
-from danlu.attention.recompute_cost import recompute_cost
+from danlu.attention.streaming.cost import recompute_cost
+from danlu.attention.streaming.recompute import RecomputeCache
 from danlu.hosts.architecture import UnsupportedArchitecture
 
 POLICIES = [("kv", 1), ("x", 1), ("x", 2), ("x", 3), ("ids", 1)]

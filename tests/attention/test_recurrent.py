@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from danlu.attention.recurrent import LRU, SLRU, ring_log_rate
-from danlu.attention.recurrent_block import LRUBlock, recurrent_param_groups
-from danlu.attention.rwkv import RWKV4Mix
+from danlu.attention.recurrent.block import LRUBlock, recurrent_param_groups
+from danlu.attention.recurrent.lru import LRU, SLRU, ring_log_rate
+from danlu.attention.recurrent.rwkv import RWKV4Mix
 from reference.scan import naive_lru
 
 H, N = 6, 5

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from context.families import BY_NAME, tokens, widen
-from danlu.attention.rescan import AttentionCell, RecurrentCell, RescanRNN, depth_first_logits
+from danlu.attention.streaming.rescan import AttentionCell, RecurrentCell, RescanRNN, depth_first_logits
 from danlu.hosts.architecture import UnsupportedArchitecture
 from reference.dense import masked_attention, window_visible
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from danlu.attention.rwkv import RWKV4Mix, WKVState, wkv
+from danlu.attention.recurrent.rwkv import RWKV4Mix, WKVState, wkv
 from reference.scan import naive_wkv, two_recurrences_wkv
 
 transformers = pytest.importorskip("transformers")

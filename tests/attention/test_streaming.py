@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from danlu.attention.streaming import SoftmaxState, attention_over_parts, chunked_attention
+from danlu.attention.streaming.state import SoftmaxState, attention_over_parts, chunked_attention
 from danlu.lab.measuring import peak_bytes
 from reference.dense import expand_groups, masked_attention, window_visible
 
@@ -124,7 +124,7 @@ def test_size_is_constant_and_moves_keep_the_state():
 DISTRIBUTED = """
 import os, sys
 import torch, torch.distributed as dist
-from danlu.attention.streaming import SoftmaxState
+from danlu.attention.streaming.state import SoftmaxState
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 g = torch.Generator().manual_seed(0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from danlu.attention.feature_maps import HardVQ
-from danlu.attention.linear_engine import linear_attention
-from danlu.attention.vq import VQAttention
-from danlu.attention.vq_codebook import VQCodebook, nearest_codes
-from danlu.attention.vq_engine import vq_attention
+from danlu.attention.linear.engine import linear_attention
+from danlu.attention.linear.feature_maps import HardVQ
+from danlu.attention.vq.codebook import VQCodebook, nearest_codes
+from danlu.attention.vq.engine import vq_attention
+from danlu.attention.vq.layer import VQAttention
 from danlu.positions.rotary import Rotary, inverse_frequencies
 from reference import linear as dense
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import danlu.tuning.growth
+import danlu.tuning.growth.grow
 from danlu.cli import app
-from danlu.tuning.growth import GrowthCheck
+from danlu.tuning.growth.grow import GrowthCheck
 from reference.growth_hosts import BERT, LLAMA, build, make
 from reference.tiny import byte_tokenizer, tiny_llama
 
@@ -121,7 +121,7 @@ def test_bad_models_and_folders(model, tmp_path):
 
 
 def test_a_growth_that_turns_out_wrong_is_not_written(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(danlu.tuning.growth, "verify_growth", lambda *_: GrowthCheck(1.0, 0.1, 0.5, 8))
+    monkeypatch.setattr(danlu.tuning.growth.grow, "verify_growth", lambda *_: GrowthCheck(1.0, 0.1, 0.5, 8))
     words = (model, "--hidden-size", 64, "-o", tmp_path / "out")
     refused(run(*words), "off by 1.0e-01", "nothing was written")
     assert not list(tmp_path.iterdir())

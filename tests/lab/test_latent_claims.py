@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from danlu.attention.absorb import absorb
+from danlu.attention.latent.absorb import absorb
 from danlu.lab import latent
 from danlu.lab.claim import Context
 from danlu.lab.runner import _CLAIMS

@@ -31,7 +31,7 @@ def test_exact_attention_of_the_claim_is_vq_attention_with_a_code_for_every_key(
     exact.layer.load_state_dict({k: v for k, v in mixer.state_dict().items() if "codebook" not in k})
     x, places = torch.randn(1, 24, 64), torch.arange(24)
     from danlu.attention.key_norm import key_norm
-    from danlu.attention.vq_codebook import VQCodebook
+    from danlu.attention.vq.codebook import VQCodebook
 
     keys = key_norm(mixer.k_proj(x).unflatten(-1, (2, 32)).transpose(1, 2))
     mixer.codebook = VQCodebook(2, 24, 32)

@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from danlu.models.decoder import DanluForCausalLM
+from danlu.models.decoder.heads import DanluForCausalLM
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -23,7 +23,7 @@ from transformers import (
 import danlu
 from danlu.attention.masks import make_mask
 from danlu.attention.scale import log_n_factor, optimal_scale
-from danlu.models.decoder import (
+from danlu.models.decoder.heads import (
     DanluConfig,
     DanluForCausalLM,
     DanluForMaskedLM,

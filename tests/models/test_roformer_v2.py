@@ -13,11 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from danlu.hosts.architecture import read_architecture
-from danlu.models import roformer_v2 as v2
-from danlu.models.roformer_v2_init import roformer_v2_init_, truncated_normal_
-from danlu.models.roformer_v2_norm import rms_normalise
-from danlu.models.roformer_v2_training import ResidualWarmupCallback, set_residual_alpha
-from danlu.models.roformer_v2_weights import convert_paddle, convert_tensorflow
+from danlu.models.roformer_v2 import heads as v2
+from danlu.models.roformer_v2.initialise import roformer_v2_init_, truncated_normal_
+from danlu.models.roformer_v2.norm import rms_normalise
+from danlu.models.roformer_v2.training import ResidualWarmupCallback, set_residual_alpha
+from danlu.models.roformer_v2.weights import convert_paddle, convert_tensorflow
 from danlu.positions.rotary import Rotary, interleaved_to_half
 from reference import roformer_v2 as dense
 

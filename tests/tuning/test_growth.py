@@ -11,9 +11,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from danlu.hosts.architecture import UnsupportedArchitecture
-from danlu.tuning.growth import grow, verify_growth
-from danlu.tuning.growth_maps import copies, grow_head_dim, head_sources
-from danlu.tuning.growth_state import symmetry_gap
+from danlu.tuning.growth.grow import grow, verify_growth
+from danlu.tuning.growth.maps import copies, grow_head_dim, head_sources
+from danlu.tuning.growth.state import symmetry_gap
 from reference.growth_hosts import (
     BERT,
     COUPLED,
@@ -398,7 +398,7 @@ def test_scores_stay_at_every_distance(rotated):
     ],
 )
 def test_refused_before_any_work(name, sizes, message, monkeypatch):
-    monkeypatch.setattr("danlu.tuning.growth._fill", None)
+    monkeypatch.setattr("danlu.tuning.growth.grow._fill", None)
     with pytest.raises(ValueError, match=message):
         grow(build(name), **sizes)
 

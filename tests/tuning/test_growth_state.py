@@ -9,10 +9,10 @@ import torch
 
 from danlu.optim.lion import Lion
 from danlu.optim.tiger import Tiger
-from danlu.tuning.growth import grow
-from danlu.tuning.growth_plan import plan_growth, read_growable
-from danlu.tuning.growth_sizes import sizes_of
-from danlu.tuning.growth_state import grow_optimizer, symmetry_gap
+from danlu.tuning.growth.grow import grow
+from danlu.tuning.growth.plan import plan_growth, read_growable
+from danlu.tuning.growth.sizes import sizes_of
+from danlu.tuning.growth.state import grow_optimizer, symmetry_gap
 from reference.growth_hosts import build, everything, tokens
 
 

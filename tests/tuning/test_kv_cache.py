@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from context.families import SUPPORTED, tokens
-from danlu.tuning.kv_cache import LayerCache, kv_cache_report
-from danlu.tuning.kv_cache_layers import cache_layers
+from danlu.tuning.kv_cache.layers import cache_layers
+from danlu.tuning.kv_cache.report import LayerCache, kv_cache_report
 
 
 def llama(layers=32, heads=32, groups=32, dim=128, **options):
@@ -135,7 +135,7 @@ def test_what_conversions_save():
 
 
 def test_reported_sizes_of_a_conversion_are_those_of_the_converted_model():
-    from danlu.tuning.latent_conversion import to_mla
+    from danlu.tuning.latent.conversion import to_mla
 
     config = transformers.LlamaConfig(**SIZES | {"num_key_value_heads": 2})
     model = AutoModelForCausalLM.from_config(config)
@@ -183,7 +183,7 @@ def test_a_configuration_of_its_own_kind_can_say_what_it_caches():
 
 
 def test_mixers_of_danlus_own_decoder_are_told_apart():
-    from danlu.models.decoder_config import DanluConfig
+    from danlu.models.decoder.config import DanluConfig
 
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "kv_rank": 24, "rope_head_dim": 8}
     layers = cache_layers(DanluConfig(mixer=["full", "window", "latent", "linear"], sliding_window=8, **sizes))

@@ -5,7 +5,7 @@ import torch
 import transformers as hosts
 from torch import nn
 
-from danlu.tuning.ladder import LadderConfig, LadderModel
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 from tuning.ladder_hosts import FAMILIES, VOCABULARY, bert, gpt2, llama, tokens, unset
 
 TIGHT = dict(atol=1e-9, rtol=1e-9)
@@ -185,8 +185,8 @@ def test_gradients_match_finite_differences(build, training):
 
 
 def test_the_loss_in_training_is_the_loss_of_all_logits_and_so_are_its_gradients(monkeypatch):
-    monkeypatch.setattr("danlu.tuning.ladder_head._CHUNK_ROWS", 4)
-    monkeypatch.setattr("danlu.tuning.ladder_head._CHUNK_NUMBERS", 5 * VOCABULARY)
+    monkeypatch.setattr("danlu.tuning.ladder.head._CHUNK_ROWS", 4)
+    monkeypatch.setattr("danlu.tuning.ladder.head._CHUNK_NUMBERS", 5 * VOCABULARY)
     model, ids = ladder(llama()), tokens(3)
     labels = ids.clone()
     labels[:, :4] = -100

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from danlu.tuning import ladder_cache
-from danlu.tuning.ladder import LadderConfig, LadderModel
-from danlu.tuning.ladder_cache import LadderFeatures, PadRight
+from danlu.tuning.ladder import cache as ladder_cache
+from danlu.tuning.ladder.cache import LadderFeatures, PadRight
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 from tuning.ladder_hosts import VOCABULARY, bert, gpt2, llama, tokens, unset
 
 

@@ -3,7 +3,7 @@ import torch
 import transformers as hosts
 from transformers import DynamicCache
 
-from danlu.tuning.ladder import LadderCache, LadderConfig, LadderModel
+from danlu.tuning.ladder.model import LadderCache, LadderConfig, LadderModel
 from tuning.ladder_hosts import VOCABULARY, bert, gpt2, llama, tokens, unset, widened
 
 

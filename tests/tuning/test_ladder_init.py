@@ -7,8 +7,8 @@ import transformers as hosts
 from torch import nn
 
 from danlu.hosts.architecture import UnsupportedArchitecture, read_architecture
-from danlu.tuning import ladder_init
-from danlu.tuning.ladder import LadderConfig, LadderModel
+from danlu.tuning.ladder import init as ladder_init
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 from tuning.ladder_hosts import FAMILIES, SIZES, VOCABULARY, bert, gpt2, llama, tokens, widened
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers as hosts
 
 from danlu.hosts.architecture import UnsupportedArchitecture
-from danlu.tuning.ladder import LadderConfig, LadderModel
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 from tuning.ladder_hosts import VOCABULARY, llama, tokens, unset
 
 

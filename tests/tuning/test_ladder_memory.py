@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.lab.backward_memory import SavedForBackward
-from danlu.tuning.ladder import LadderConfig, LadderModel
+from danlu.tuning.ladder.model import LadderConfig, LadderModel
 
 D, DEPTH, LENGTH = 128, 8, 256
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from context.families import COMMON, PLAIN_ROPE, VOCABULARY, YARN_ROPE, generate, left_padded, tokens, widen
 from danlu.hosts.loading import load_causal_lm
-from danlu.tuning.latent_conversion import freeze_silent, to_mla
-from danlu.tuning.latent_moments import token_loss
+from danlu.tuning.latent.conversion import freeze_silent, to_mla
+from danlu.tuning.latent.moments import token_loss
 from reference.conversion import default_frequencies, grouped_attention, latent_attention
 
 LLAMA3 = {
@@ -377,6 +377,6 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("arguments", "kind", "message"), ARGUMENTS)
 def test_bad_arguments_are_refused_before_any_work(arguments, kind, message, monkeypatch):
-    monkeypatch.setattr("danlu.tuning.latent_conversion.collect", None)
+    monkeypatch.setattr("danlu.tuning.latent.conversion.collect", None)
     with pytest.raises(kind, match=message):
         to_mla(host("llama", torch.float32), **{"calibration": tokens(2), **arguments})

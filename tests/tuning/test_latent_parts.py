@@ -12,12 +12,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 
 from context.families import COMMON, tokens, widen
 from danlu.positions.rotary import Rotary
-from danlu.tuning.latent_fold import attention_change, choose_rotation
-from danlu.tuning.latent_moments import collect
-from danlu.tuning.latent_norm import silent_scale
-from danlu.tuning.latent_rank import low_rank, relative_error
-from danlu.tuning.latent_rope import keep, kept_frequencies, mix, pairs_of, split, turning, unpaired
-from danlu.tuning.latent_source import affine, read_source
+from danlu.tuning.latent.fold import attention_change, choose_rotation
+from danlu.tuning.latent.moments import collect
+from danlu.tuning.latent.norm import silent_scale
+from danlu.tuning.latent.rank import low_rank, relative_error
+from danlu.tuning.latent.rope import keep, kept_frequencies, mix, pairs_of, split, turning, unpaired
+from danlu.tuning.latent.source import affine, read_source
 from reference.conversion import turned_scores
 
 GROUPS, HEADS, DIM, WIDTH = 3, 6, 8, 20

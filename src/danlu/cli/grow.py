@@ -75,10 +75,10 @@ def grow(
 
     from danlu.files import replacing_folder
     from danlu.hosts.loading import load_language_model
-    from danlu.tuning.growth import grow as grow_model
-    from danlu.tuning.growth import verify_growth
-    from danlu.tuning.growth_plan import read_growable
-    from danlu.tuning.growth_sizes import sizes_of
+    from danlu.tuning.growth.grow import grow as grow_model
+    from danlu.tuning.growth.grow import verify_growth
+    from danlu.tuning.growth.plan import read_growable
+    from danlu.tuning.growth.sizes import sizes_of
 
     small, tokenizer = load_language_model(model, device=device, dtype=dtype)
     ids = _tokens(content, tokenizer, small, seed)

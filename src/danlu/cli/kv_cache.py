@@ -39,7 +39,7 @@ def kv_cache(
     Reads the configuration alone, no weights. Example: danlu kv-cache ./model --lengths 8192,131072 --batch 8
     """
     from danlu.cli.inputs import parse_lengths
-    from danlu.tuning.kv_cache import kv_cache_report
+    from danlu.tuning.kv_cache.report import kv_cache_report
 
     config = _config(model)
     trained = getattr(config.get_text_config(), "max_position_embeddings", None)

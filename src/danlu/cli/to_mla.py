@@ -61,7 +61,7 @@ def to_mla(
 
     from danlu.files import replacing_folder
     from danlu.hosts.loading import load_causal_lm
-    from danlu.tuning.latent_conversion import to_mla as convert
+    from danlu.tuning.latent.conversion import to_mla as convert
 
     host, tokenizer = load_causal_lm(model, device=device, dtype=dtype)
     result = convert(

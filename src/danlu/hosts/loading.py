@@ -10,7 +10,7 @@ from typing import Any
 from danlu.assets import nano_path
 
 #: Modules that tell the host's Auto classes about our own model types; named, since they lie on a higher floor.
-_OWN_MODELS = ("danlu.models.decoder", "danlu.models.roformer_v2")
+_OWN_MODELS = ("danlu.models.decoder.heads", "danlu.models.roformer_v2.heads")
 
 
 def register_own_models() -> None:

@@ -170,7 +170,7 @@ def attention_concentration(context: Context) -> Evidence:
 
 def depth_first(length: int, seed: int) -> tuple[int, int, int, float]:
     """Evaluations, exponentials, live numbers and error of a depth-first evaluation of a random two-layer model."""
-    from danlu.attention.rescan import depth_first_logits
+    from danlu.attention.streaming.rescan import depth_first_logits
 
     model = small_llama(_LAYERS, seed)
     ids = torch.randint(64, (1, length), generator=torch.Generator().manual_seed(seed))
@@ -207,8 +207,8 @@ def policies(steps: int, seed: int) -> list[tuple[str, int, float, float, bool]]
     """Cache policies on a small decoder: name, numbers kept, share of the usual, flops of a step, same tokens."""
     from transformers import DynamicCache
 
-    from danlu.attention.recompute import RecomputeCache
-    from danlu.attention.recompute_cost import recompute_cost
+    from danlu.attention.streaming.cost import recompute_cost
+    from danlu.attention.streaming.recompute import RecomputeCache
 
     model = small_llama(4, seed)
     ids = torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(seed))
@@ -241,7 +241,7 @@ def _greedy(model: Any, ids: Tensor, cache: Any, steps: int) -> Tensor:
 
 def long_attention(length: int) -> tuple[int, int, int]:
     """Peak bytes of chunked attention with one head of 64, causal and by segments; and of the matrix it never forms."""
-    from danlu.attention.streaming import chunked_attention
+    from danlu.attention.streaming.state import chunked_attention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, length, 64, generator=generator) for _ in range(3))

@@ -178,7 +178,7 @@ def attention_moments(model: nn.Module, windows: Tensor) -> list[Tensor]:
 
 def compressed(model: nn.Module, moments: Sequence[Tensor], rank: int, *, balance: bool) -> nn.Module:
     """A copy whose keys and values come from a latent that both share."""
-    from danlu.tuning.latent_rank import low_rank
+    from danlu.tuning.latent.rank import low_rank
 
     small: Any = copy.deepcopy(model)
     for layer, moment in zip(small.layers, moments, strict=True):
@@ -200,8 +200,8 @@ def nano_table(context: Context) -> Table:
     """The bundled model converted at several sizes: loss on held-out text, before any healing."""
     from danlu.context.text import held_out_text, training_files
     from danlu.hosts.loading import load_causal_lm
-    from danlu.tuning.latent_conversion import to_mla
-    from danlu.tuning.latent_moments import token_loss
+    from danlu.tuning.latent.conversion import to_mla
+    from danlu.tuning.latent.moments import token_loss
 
     model, tokenizer = load_causal_lm(str(context.model) if context.model else "danlu-nano")
 

@@ -232,7 +232,7 @@ def masked_training(
         rate: raise the learning rate from 0 over the first half.
         layers: of the encoder.
     """
-    from danlu.models.roformer_v2 import RoFormerV2Config, RoFormerV2ForMaskedLM
+    from danlu.models.roformer_v2.heads import RoFormerV2Config, RoFormerV2ForMaskedLM
 
     sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     with seeded(seed):

@@ -50,7 +50,7 @@ class Steady(Schedule):
 )
 def growth(context: Context) -> Evidence:
     """Small models grown after two budgets, with three kinds of noise, against the large model from scratch."""
-    from danlu.tuning.growth import grow, verify_growth
+    from danlu.tuning.growth.grow import grow, verify_growth
 
     seed = context.seeds[0]
     text, test = texts()

@@ -143,7 +143,7 @@ def scores_note(context: Context) -> str:
 
 def few_labels(context: Context) -> dict[str, list[float]]:
     """Accuracy on the new task for each method, one number for each seed."""
-    from danlu.tuning.ladder import LadderConfig, LadderModel
+    from danlu.tuning.ladder.model import LadderConfig, LadderModel
 
     model = reader(context)
     images, labels = digits.draw(_LABELS, 2)
@@ -236,7 +236,7 @@ def step_costs(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from danlu.tuning.ladder import LadderConfig, LadderModel
+    from danlu.tuning.ladder.model import LadderConfig, LadderModel
 
     config = LlamaConfig(
         vocab_size=2048, hidden_size=width, intermediate_size=width * 8 // 3 // 64 * 64, num_hidden_layers=depth,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.attention.absorb import absorb
+from danlu.attention.latent.absorb import absorb
 from danlu.lab.claim import Check, Context, Evidence, Plot, Table
 from danlu.lab.measuring import peak_bytes
 from danlu.lab.runner import claim
@@ -233,7 +233,7 @@ def cached_bytes(geometry: Geometry, kind: str, tokens: int = 3) -> int:
     if kind == "ours":
         from transformers import Cache
 
-        from danlu.attention.latent_cache import LatentLayer
+        from danlu.attention.latent.cache import LatentLayer
 
         cache = Cache(layer_class_to_replicate=LatentLayer)
     else:

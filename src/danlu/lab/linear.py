@@ -94,9 +94,9 @@ def map_errors(kind: str, size: int, seed: int, tokens: int = _TOKENS) -> dict[s
     Returns:
         Errors by method, and that of the plain mean of all values.
     """
-    from danlu.attention.feature_maps import FavorFeatures, HardVQ, SoftVQ
-    from danlu.attention.key_compression import kmeans
-    from danlu.attention.linear_engine import linear_attention
+    from danlu.attention.linear.engine import linear_attention
+    from danlu.attention.linear.feature_maps import FavorFeatures, HardVQ, SoftVQ
+    from danlu.attention.vq.key_compression import kmeans
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -228,7 +228,7 @@ class ByteModel(nn.Module):
     """
 
     def __init__(self, kind: str) -> None:
-        from danlu.attention.vq import VQAttention
+        from danlu.attention.vq.layer import VQAttention
 
         super().__init__()
         self.embed = nn.Embedding(256, _WIDTH)
@@ -268,11 +268,11 @@ class ExactAttention(nn.Module):
 
     Args:
         kind: ``full``: all earlier tokens; ``window``: the block of a token and the one before.
-        words: arguments of :class:`danlu.attention.vq.VQAttention`.
+        words: arguments of :class:`danlu.attention.vq.layer.VQAttention`.
     """
 
     def __init__(self, kind: str, **words: Any) -> None:
-        from danlu.attention.vq import VQAttention
+        from danlu.attention.vq.layer import VQAttention
 
         super().__init__()
         self.kind = kind

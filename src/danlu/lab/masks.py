@@ -141,7 +141,7 @@ def fitted_decoder(
         schedule: of the training.
         context: for its progress bar.
     """
-    from danlu.models.decoder import DanluForCausalLM
+    from danlu.models.decoder.heads import DanluForCausalLM
 
     half = _LENGTH // 2
 
@@ -177,7 +177,7 @@ def fitted_encoder(
         schedule: of the training.
         context: for its progress bar.
     """
-    from danlu.models.decoder import DanluForMaskedLM
+    from danlu.models.decoder.heads import DanluForMaskedLM
 
     def masked(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         hidden = torch.rand(windows.shape, generator=generator) < _MASKED
@@ -204,7 +204,7 @@ def code_bytes() -> tuple[Tensor, Tensor]:
 
 
 def _config(mask: str) -> Any:
-    from danlu.models.decoder_config import DanluConfig
+    from danlu.models.decoder.config import DanluConfig
 
     return DanluConfig(
         vocab_size=_MASK_ID + 1, hidden_size=_WIDTH, num_hidden_layers=_LAYERS, num_attention_heads=_HEADS, mask=mask,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from danlu.attention.recurrent import LRU
-from danlu.attention.recurrent_block import LRUBlock, recurrent_param_groups
+from danlu.attention.recurrent.block import LRUBlock, recurrent_param_groups
+from danlu.attention.recurrent.lru import LRU
 from danlu.lab import digits
 from danlu.lab.claim import Check, Context, Evidence, Plot, Table
 from danlu.lab.deepnorm import Constant

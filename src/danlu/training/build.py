@@ -36,7 +36,7 @@ def build_model(recipe: Recipe, folder: Path) -> tuple[nn.Module, Any]:
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"tokenizer has {len(tokenizer)} ids, more than the model's {model.config.vocab_size}")
     if wanted.grow is not None:
-        from danlu.tuning.growth import grow
+        from danlu.tuning.growth.grow import grow
 
         model = grow(model, **wanted.grow.model_dump(), seed=recipe.seed)
     if wanted.extend is not None:
@@ -45,7 +45,7 @@ def build_model(recipe: Recipe, folder: Path) -> tuple[nn.Module, Any]:
 
         extend(model, *parse_methods(wanted.extend))
     if wanted.ladder is not None:
-        from danlu.tuning.ladder import LadderConfig, LadderModel
+        from danlu.tuning.ladder.model import LadderConfig, LadderModel
 
         options = wanted.ladder.model_dump(exclude={"cache"})
         return LadderModel(model, LadderConfig(**options, seed=recipe.seed)), tokenizer

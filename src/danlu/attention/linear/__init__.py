@@ -1,0 +1,1 @@
+"""Linear attention: feature maps, one engine in two forms, the layer and its cache."""

@@ -1,0 +1,1 @@
+"""Attention as a recurrence: mergeable states, and decoding by recomputation."""

@@ -1,0 +1,1 @@
+"""RoFormerV2 encoders for the host library."""

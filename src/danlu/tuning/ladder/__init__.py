@@ -1,0 +1,1 @@
+"""Ladder side networks beside a frozen model."""
