@@ -47,8 +47,8 @@ def sparsity(x: Tensor, q: float = 1.0, p: float = 2.0, dim: int = -1) -> Tensor
     Raises:
         ValueError: the orders are not ``0 < q < p``, or a row is empty.
 
-    Source: Scientific Spaces archive 9595, 9889. Where archive 9595 prints S as 1 / (1 + Var|a| / E[|a|]^2), the square
-    root over the denominator is missing.
+    Source: Scientific Spaces archive 9595, 9889. Where archive 9595 prints S as ``1 / (1 + Var|a| / E[|a|]^2)``, the
+    square root over the denominator is missing.
     """
     if not 0 < q < p:
         raise ValueError(f"orders must satisfy 0 < q < p, got q={q} and p={p}")
@@ -123,8 +123,8 @@ def positive_linear_sparsity(query: Tensor, mean: Tensor, covariance: Tensor) ->
     Raises:
         ValueError: negative features; the formula then is about a mean of signed numbers, which S is not.
 
-    Source: Scientific Spaces archive 9889. The article lets |g|_2 / |g|_1 grow to sqrt(m); its range is [1/sqrt(m), 1],
-    so a wider feature map alone does not make linear attention sparser.
+    Source: Scientific Spaces archive 9889. The article lets ``|g|_2 / |g|_1`` grow to sqrt(m); its range is
+    [1/sqrt(m), 1], so a wider feature map alone does not make linear attention sparser.
     """
     if bool((query < 0).any()) or bool((mean < 0).any()):
         raise ValueError("query and mean must be >= 0: the formula holds for non-negative features only")

@@ -217,7 +217,8 @@ class SoftVQ(_Codes):
     Args:
         codebook: (features, dim), or (kv_heads, features, dim); a parameter, gradients reach it.
         tau: temperature in units of squared distance between scaled keys, > 0.
-        key_weight: ``none``: every key has total weight 1; ``performer``: the features are exp((k.c - |k|^2/2) / tau).
+        key_weight: ``none``: every key has total weight 1; ``performer``: the features are
+            ``exp((k.c - |k|^2/2) / tau)``.
 
     Raises:
         ValueError: tau is not positive, or an unknown key_weight.
