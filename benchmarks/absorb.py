@@ -18,17 +18,8 @@ import torch
 from transformers import Cache
 
 from danlu.attention.latent.absorb import absorb
-from danlu.attention.latent.cache import LatentLayer
 from danlu.lab.latent import attention_step, filled_cache, interleaved, small_model, step
 from danlu.lab.measuring import peak_bytes
-
-
-def growing(cache: Cache) -> Cache:
-    """The contents of a host cache in layers that append in place."""
-    ours = Cache(layer_class_to_replicate=LatentLayer)
-    for index, layer in enumerate(cache.layers):
-        ours.update(layer.keys, layer.values, index)
-    return ours
 
 
 def chunk(model: torch.nn.Module, cache: Cache, tokens: int) -> None:
@@ -77,13 +68,7 @@ def main() -> None:
             attention_step(ours, caches[1]),
         )
         row(f"step of the model, {tokens} cached", partial(step, stock, caches[0]), partial(step, ours, caches[1]))
-        room = growing(caches[1])
-        row(
-            f"the same, ours on LatentLayer, {tokens} cached",
-            partial(step, stock, caches[0]),
-            partial(step, ours, room),
-        )
-        trials = {"stock": (stock, caches[0]), "absorbed": (ours, caches[1]), "absorbed, LatentLayer": (ours, room)}
+        trials = {"stock": (stock, caches[0]), "absorbed": (ours, caches[1])}
         memory += [(tokens, name, peak_bytes(partial(step, *trial)) / 2**20) for name, trial in trials.items()]
     last = options.contexts[-1]
     for new in (16, 64, 170, 256):

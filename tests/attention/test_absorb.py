@@ -186,6 +186,20 @@ def test_a_static_cache_with_free_slots_serves_chunks():
         close(outs[1], stock(ids).logits)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_plain_caches_append_in_place_until_undone(given):
+    stock, ours = pair()
+
+    def layers(model):
+        cache = transformers.DynamicCache() if given else None
+        return model(PROMPT, past_key_values=cache, use_cache=True).past_key_values.layers
+
+    assert {type(layer) for layer in layers(ours)} == {LatentLayer}
+    undone = unabsorb(copy.deepcopy(ours))
+    assert [type(layer) for layer in layers(undone)] == [type(layer) for layer in layers(stock)]
+    assert not any(module._forward_pre_hooks for module in undone.modules())
+
+
 def test_our_growing_cache_layer_serves_the_host():
     stock, ours = pair()
     cache = transformers.Cache(layer_class_to_replicate=LatentLayer)

@@ -69,6 +69,26 @@ def test_pdf_pages_keep_their_offsets_and_words_become_whole(pdf, monkeypatch):
     assert [document.page(offset) for offset in (0, 28, 31, len(document.text) - 1)] == [1, 1, 3, 3]
 
 
+def test_a_real_pdf_file_is_read_page_by_page(tmp_path):
+    pytest.importorskip("pypdf")
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.figure import Figure
+
+    path = tmp_path / "two.pdf"
+    with matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(path) as pages:
+        for words in ("The furnace is lit.", "The second page is short."):
+            figure = Figure()
+            figure.text(0.1, 0.5, words)
+            pages.savefig(figure)
+    document = read_document(path)
+    assert document.text == "The furnace is lit.\n\nThe second page is short."
+    assert document.pages == (0, 21)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match="two.pdf"):
+        read_document(path)
+
+
 def test_pdf_is_known_by_its_first_bytes(tmp_path, monkeypatch):
     fake_pdf(monkeypatch, ["text"])
     path = tmp_path / "paper"

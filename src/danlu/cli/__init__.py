@@ -13,6 +13,7 @@ from danlu.cli.errors import is_user_error, one_sentence
 
 #: Subcommands and where their Typer applications live.
 COMMANDS = {
+    "ask": "danlu.cli.ask:app",
     "classify": "danlu.cli.classify:app",
     "extend": "danlu.cli.extend:app",
     "grow": "danlu.cli.grow:app",

@@ -45,13 +45,12 @@ def small_model(heads: int = 16, layers: int = 4, hidden: int = 512, seed: int =
 
 
 def filled_cache(model: Any, tokens: int, seed: int = 0) -> Any:
-    """The host's growing cache, made by one real step and filled with random normalised latents and keys."""
+    """The cache that a model makes, by one real step, and filled with random normalised latents and keys."""
     cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
     generator = torch.Generator().manual_seed(seed)
     for layer in cache.layers:
-        shape = (1, 1, tokens)
-        layer.keys = torch.randn(*shape, layer.keys.shape[-1], generator=generator).to(layer.keys.dtype)
-        layer.values = torch.randn(*shape, layer.values.shape[-1], generator=generator).to(layer.values.dtype)
+        more = [torch.randn(1, 1, tokens - 1, x.shape[-1], generator=generator) for x in (layer.keys, layer.values)]
+        layer.update(*(x.to(layer.keys.dtype) for x in more))
     return cache
 
 

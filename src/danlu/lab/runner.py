@@ -41,6 +41,7 @@ FAMILIES = (
     "linear",
     "recurrent",
     "encoders",
+    "naive_bayes",
 )
 
 _CLAIMS: dict[str, Claim] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,8 +33,9 @@ def absorb(model: ModelT) -> ModelT:
 
     It goes through the host's attention registry: the model's implementation becomes ``danlu_absorbed_sdpa`` or
     ``danlu_absorbed_eager``, and each latent layer's ``expand_kv`` is replaced on the instance, by a method that hands
-    the latents on. The forward passes and classes of the host stay as they are; ``copy.deepcopy`` keeps the change, and
-    a saved model does not have it. Both forms are compared on a few tokens in every layer before it is accepted.
+    the latents on. Empty layers of a plain growing cache become ones that hold the same and append in place. The
+    forward passes and classes of the host stay as they are; ``copy.deepcopy`` keeps the change, and a saved model does
+    not have it. Both forms are compared on a few tokens in every layer before it is accepted.
 
     Args:
         model: a Hugging Face model with latent attention layers, possibly wrapped. Calling it again changes nothing.
@@ -52,7 +52,7 @@ def absorb(model: ModelT) -> ModelT:
     Source: Scientific Spaces archive 10091; arXiv:2405.04434.
     """
     layers = _latent_layers(model)
-    from danlu.attention.latent.host import PREFIX, is_served, keep_latents
+    from danlu.attention.latent.host import PREFIX, is_served, serve
 
     if all(is_served(layer) and layer.config._attn_implementation.startswith(PREFIX) for layer in layers):
         return model
@@ -68,7 +68,7 @@ def absorb(model: ModelT) -> ModelT:
         stock, _ = _run_probe(model, layers)
         try:
             for layer in layers:
-                layer.__dict__["expand_kv"] = types.MethodType(keep_latents, layer)
+                serve(layer)
             for owner in owners:
                 _set_implementation(owner, PREFIX + owner.config._attn_implementation)
             again, errors = _run_probe(model, layers)
@@ -91,11 +91,11 @@ def unabsorb(model: ModelT) -> ModelT:
 
     Source: Scientific Spaces archive 10091.
     """
-    from danlu.attention.latent.host import PREFIX, is_served
+    from danlu.attention.latent.host import PREFIX, is_served, release
 
     layers: list[Any] = [module for module in model.modules() if is_served(module)]
     for layer in layers:
-        del layer.__dict__["expand_kv"]
+        release(layer)
     for owner in _owners(model, layers):
         name = owner.config._attn_implementation
         if name.startswith(PREFIX):

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from danlu.attention.latent.absorbed import absorbed_attention, prefers_absorbed
+from danlu.attention.latent.cache import LatentLayer
 
 PREFIX = "danlu_absorbed_"
 BASES = {"sdpa": sdpa_mask, "eager": eager_mask}
@@ -34,6 +37,36 @@ def keep_latents(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Ten
     if self.config._attn_implementation.startswith(PREFIX):
         return kv_nope, k_rot
     return type(self).expand_kv(self, kv_nope, k_rot)
+
+
+class _GiveRoom:
+    """Forward pre-hook of a latent layer: an empty cache layer of the plain kind becomes one that appends in place."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, Cache) or module.layer_idx > len(cache.layers):
+            return
+        if module.layer_idx == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
+            cache.layers.append(LatentLayer())
+        elif module.layer_idx < len(cache.layers):
+            layer = cache.layers[module.layer_idx]
+            if type(layer) is DynamicLayer and not layer.get_seq_length():
+                cache.layers[module.layer_idx] = LatentLayer()
+
+
+def serve(layer: Any) -> None:
+    """Let a latent layer of the host hand its latents on, and append to its cache in place."""
+    layer.__dict__["expand_kv"] = types.MethodType(keep_latents, layer)
+    layer.register_forward_pre_hook(_GiveRoom(), with_kwargs=True)
+
+
+def release(layer: Any) -> None:
+    """Undo :func:`serve`."""
+    del layer.__dict__["expand_kv"]
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if isinstance(hook, _GiveRoom):
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def is_served(module: nn.Module) -> bool:
