@@ -97,8 +97,10 @@ def absorbed_attention(
     for start in range(0, keys, step):
         stop = min(keys, start + step)
         shared = latent[:, start:stop].to(high)
-        scores = torch.bmm(position, k_rope[:, start:stop].to(high).transpose(1, 2))
-        scores = torch.baddbmm(scores, content, shared.transpose(1, 2)).view(batch, heads, queries, stop - start)
+        # keys first: the long side as rows is what a CPU's matrix product is quick at
+        scores = torch.bmm(shared, content.transpose(1, 2))
+        scores = scores + torch.bmm(k_rope[:, start:stop].to(high), position.transpose(1, 2))
+        scores = scores.transpose(1, 2).reshape(batch, heads, queries, stop - start)
         scores = _hide(scores, mask, causal, keys, start, stop)
         top = scores.detach().amax(-1, keepdim=True)
         top = torch.where(torch.isfinite(top), top, torch.zeros_like(top))
