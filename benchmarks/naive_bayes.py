@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from danlu.assets import nano_path
 from danlu.context.memory import PeakMemory, readable
-from danlu.context.naive_bayes import NaiveBayesContexts
-from danlu.context.naive_bayes_caches import fork
-from danlu.context.naive_bayes_combine import Settings, combine
+from danlu.context.naive_bayes.caches import fork
+from danlu.context.naive_bayes.combine import Settings, combine
+from danlu.context.naive_bayes.contexts import NaiveBayesContexts
 
 LENGTH, PREFIX, VOCABULARY = 256, 192, 32000
 PEAKED = 14.0  # logits of standard deviation 6

@@ -64,10 +64,10 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.methods import ReRoPE as ReRoPE
     from danlu.context.methods import Window as Window
     from danlu.context.methods import YaRN as YaRN
-    from danlu.context.naive_bayes import NaiveBayesContexts as NaiveBayesContexts
-    from danlu.context.naive_bayes_processor import NaiveBayesLogitsProcessor as NaiveBayesLogitsProcessor
+    from danlu.context.naive_bayes.contexts import NaiveBayesContexts as NaiveBayesContexts
+    from danlu.context.naive_bayes.processor import NaiveBayesLogitsProcessor as NaiveBayesLogitsProcessor
     from danlu.context.needle import needle_scores as needle_scores
-    from danlu.context.probe import AttentionProbe as AttentionProbe
+    from danlu.context.probe.capture import AttentionProbe as AttentionProbe
     from danlu.context.stacks import parse_methods as parse_methods
     from danlu.kernels.scan import linear_scan as linear_scan
     from danlu.losses.emo import EMOLoss as EMOLoss
@@ -188,10 +188,10 @@ _HOMES = {
         "Window",
         "YaRN",
     ),
-    "danlu.context.naive_bayes": ("NaiveBayesContexts",),
-    "danlu.context.naive_bayes_processor": ("NaiveBayesLogitsProcessor",),
+    "danlu.context.naive_bayes.contexts": ("NaiveBayesContexts",),
+    "danlu.context.naive_bayes.processor": ("NaiveBayesLogitsProcessor",),
     "danlu.context.needle": ("needle_scores",),
-    "danlu.context.probe": ("AttentionProbe",),
+    "danlu.context.probe.capture": ("AttentionProbe",),
     "danlu.context.stacks": ("parse_methods",),
     "danlu.kernels.scan": ("linear_scan",),
     "danlu.losses.emo": ("EMOLoss",),

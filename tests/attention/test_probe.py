@@ -14,9 +14,9 @@ import danlu
 from context.families import BY_NAME, left_padded, tokens, widen
 from danlu.attention.scale import effective_tokens, softmax_grad_l1
 from danlu.attention.sparsity import effective_rank
-from danlu.context.probe import AttentionProbe
-from danlu.context.probe_figures import render, write_probe
-from danlu.context.probe_report import AttentionReport, grid
+from danlu.context.probe.capture import AttentionProbe
+from danlu.context.probe.figures import render, write_probe
+from danlu.context.probe.report import AttentionReport, grid
 
 FAMILIES = ["llama", "qwen2-mixed", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt-oss", "deepseek-v3"]
 LENGTH = 24

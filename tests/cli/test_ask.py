@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import danlu.cli
 from danlu.cli import app
 from danlu.cli.ask import Marked
-from danlu.context.naive_bayes import NaiveBayesContexts
-from danlu.context.naive_bayes_result import TokenTrace
+from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+from danlu.context.naive_bayes.result import TokenTrace
 from reference.tiny import byte_tokenizer, tiny_llama
 
 LONG = "\n\n".join(f"Paragraph {i} says little." for i in range(6))
@@ -106,7 +106,7 @@ def test_options_reach_the_library(model, files, monkeypatch):
             seen.update(options)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("danlu.context.naive_bayes.NaiveBayesContexts", Spy)
+    monkeypatch.setattr("danlu.context.naive_bayes.contexts.NaiveBayesContexts", Spy)
     words = ("--beta", 1, "--eta", 0.5, "--nucleus", 0.8, "--pooling", "mean", "--prefix", "Say", "--refusal", "No")
     result = run(model, files[0], "-q", "?", "--sample", "--seed", 2, "--temperature", 2, "--max-new-tokens", 3,
                  "--context", 40, *words)  # fmt: skip

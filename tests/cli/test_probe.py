@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from danlu.cli.probe import app, parse_layers
-from danlu.context.probe_report import AttentionReport
+from danlu.context.probe.report import AttentionReport
 from reference.growth_hosts import build
 from reference.tiny import byte_tokenizer, tiny_llama
 

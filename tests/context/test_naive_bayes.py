@@ -19,11 +19,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import danlu.context.naive_bayes_rows as rows_module
+import danlu.context.naive_bayes.rows as rows_module
 from context.families import BY_NAME, widen
 from danlu.context.extend import extended
-from danlu.context.naive_bayes import NaiveBayesContexts
-from danlu.context.naive_bayes_select import Selection
+from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+from danlu.context.naive_bayes.select import Selection
 from reference import naive_bayes as reference
 from reference.tiny import Copyist, byte_tokenizer, tiny_config, tiny_llama
 
@@ -102,7 +102,7 @@ def test_batching_and_padding_change_nothing(llama, options):
 def test_caches_that_cannot_be_joined_stay_single_rows(llama, monkeypatch):
     for name in ("can_join", "can_pad_right"):
         monkeypatch.setattr(rows_module, name, lambda cache: False)
-    monkeypatch.setattr("danlu.context.naive_bayes_caches.can_join", lambda cache: False)
+    monkeypatch.setattr("danlu.context.naive_bayes.caches.can_join", lambda cache: False)
     parts = contexts(9, 3, 17)
     reader = NaiveBayesContexts(llama, prefix=PREFIX, **ROOM)
     prepared = reader.prepare(parts)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from danlu.context.naive_bayes_combine import Settings, combine, nucleus
+from danlu.context.naive_bayes.combine import Settings, combine, nucleus
 from reference import naive_bayes as reference
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from context.families import BY_NAME, left_padded
-from danlu.context.naive_bayes import NaiveBayesContexts
-from danlu.context.naive_bayes_combine import Settings, combine
-from danlu.context.naive_bayes_processor import NaiveBayesLogitsProcessor
+from danlu.context.naive_bayes.combine import Settings, combine
+from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+from danlu.context.naive_bayes.processor import NaiveBayesLogitsProcessor
 
 PARTS = [[[8, 30, 41], [9, 55, 60, 61, 70], [33]], [[12, 13, 14, 15], [70, 20]]]
 QUESTION = [11, 3, 8, 2]

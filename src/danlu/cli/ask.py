@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from danlu.context.documents import Document
-    from danlu.context.naive_bayes_result import NaiveBayesResult, Source, TokenTrace
+    from danlu.context.naive_bayes.result import NaiveBayesResult, Source, TokenTrace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,7 +60,7 @@ def ask(
     Example: danlu ask ./my-model chapter1.md chapter2.html report.pdf -q "What was decided?"
     """
     from danlu.context.documents import read_document
-    from danlu.context.naive_bayes_combine import Settings
+    from danlu.context.naive_bayes.combine import Settings
 
     if not question.strip():
         raise ValueError("--question is empty: pass what to ask")
@@ -77,8 +77,8 @@ def ask(
         raise ValueError(str(error)) from error
 
     from danlu.context.extend import extend
-    from danlu.context.naive_bayes import NaiveBayesContexts
-    from danlu.context.naive_bayes_select import Selection
+    from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+    from danlu.context.naive_bayes.select import Selection
     from danlu.hosts.loading import load_causal_lm
 
     host, tokenizer = load_causal_lm(model, device=device, dtype=dtype, argument="MODEL")

@@ -64,8 +64,8 @@ def probe(
 
     import torch
 
-    from danlu.context.probe import AttentionProbe
-    from danlu.context.probe_figures import write_probe
+    from danlu.context.probe.capture import AttentionProbe
+    from danlu.context.probe.figures import write_probe
     from danlu.context.text import held_out_text
     from danlu.hosts.loading import load_language_model
 

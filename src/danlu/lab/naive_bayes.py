@@ -93,7 +93,7 @@ def pooled_rates(name: str, count: int, trials: int, seed: int) -> tuple[float, 
         trials: number of random rows and answers.
         seed: of them; the same for all poolings.
     """
-    from danlu.context.naive_bayes_combine import Settings, combine
+    from danlu.context.naive_bayes.combine import Settings, combine
 
     pooling, beta, top_p = _POOLINGS[name]
     settings = Settings(count - 1 if beta is None else beta, 0.0, top_p, pooling)

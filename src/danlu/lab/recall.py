@@ -126,8 +126,8 @@ def recall_rates(model: nn.Module, count: int, settings: dict[str, Any], example
         examples: trials.
         seed: of the trials; the same for every setting.
     """
-    from danlu.context.naive_bayes import NaiveBayesContexts
-    from danlu.context.naive_bayes_combine import Settings, combine
+    from danlu.context.naive_bayes.combine import Settings, combine
+    from danlu.context.naive_bayes.contexts import NaiveBayesContexts
 
     host: Any = model
     reader = NaiveBayesContexts(model)
@@ -152,7 +152,7 @@ def read_work(model: nn.Module, count: int, concatenated: bool) -> int:
     """Floating-point operations of reading ``count`` contexts and predicting one token, two per multiply-add."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from danlu.context.naive_bayes import NaiveBayesContexts
+    from danlu.context.naive_bayes.contexts import NaiveBayesContexts
 
     parts, question, _ = recall_trial(count, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from danlu.context.naive_bayes_combine import Pooling, Settings, combine
+from danlu.context.naive_bayes.combine import Pooling, Settings, combine
 from danlu.context.trial import in_range
 
 

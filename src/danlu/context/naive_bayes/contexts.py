@@ -24,13 +24,13 @@ from torch import nn
 from danlu.context.documents import split_text
 from danlu.context.extend import active_methods
 from danlu.context.inspect import host_model
-from danlu.context.naive_bayes_combine import Pooling, Settings
-from danlu.context.naive_bayes_decode import merge_options
-from danlu.context.naive_bayes_prepared import NEW_TOKENS, PreparedContexts
-from danlu.context.naive_bayes_prompt import TextLike, make_layout
-from danlu.context.naive_bayes_result import NaiveBayesResult, Source
-from danlu.context.naive_bayes_rows import Host, read_rows
-from danlu.context.naive_bayes_select import Selection
+from danlu.context.naive_bayes.combine import Pooling, Settings
+from danlu.context.naive_bayes.decode import merge_options
+from danlu.context.naive_bayes.prepared import NEW_TOKENS, PreparedContexts
+from danlu.context.naive_bayes.prompt import TextLike, make_layout
+from danlu.context.naive_bayes.result import NaiveBayesResult, Source
+from danlu.context.naive_bayes.rows import Host, read_rows
+from danlu.context.naive_bayes.select import Selection
 from danlu.context.trial import evaluating, in_range
 
 _OWN = ("seed", "generator", "streamer", "on_token")  # options of an answer that are not the host's
@@ -46,7 +46,7 @@ class NaiveBayesContexts:
         eta: nats by which another context must be surer to take over, >= 0.
         top_p: nucleus that each row is cut to before combination, in (0, 1]. Another thing than ``top_p`` of
             ``generate``, which cuts the combined distribution.
-        pooling: ``min_entropy``, ``mean``, ``max``, or a function; see ``danlu.context.naive_bayes_combine``.
+        pooling: ``min_entropy``, ``mean``, ``max``, or a function; see ``danlu.context.naive_bayes.combine``.
         template: text with ``{context}`` and behind it ``{question}``. Default: the tokenizer's chat template, or
             ``User: {context}, {question}, Assistant:`` on lines of their own.
         prefix: instructions in front of every row, read once.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from danlu.context.page import as_png, as_svg
-from danlu.context.probe_report import AttentionReport, HeadReport, grid
+from danlu.context.probe.report import AttentionReport, HeadReport, grid
 from danlu.files import write_whole
 
 SUFFIXES = (".html", ".png", ".json")
@@ -102,7 +102,7 @@ def render(report: AttentionReport) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=True, undefined=StrictUndefined
     )
     title = "Attention by layer and head"
     picture = Markup(as_svg(report.figure(), title))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from danlu.context.naive_bayes_decode import Decoding, merge_options, run
-from danlu.context.naive_bayes_prompt import TextLike
-from danlu.context.naive_bayes_result import Dropped, NaiveBayesResult, Source, TokenTrace
-from danlu.context.naive_bayes_rows import Rows
-from danlu.context.naive_bayes_select import Decision, as_dropped, decide
+from danlu.context.naive_bayes.decode import Decoding, merge_options, run
+from danlu.context.naive_bayes.prompt import TextLike
+from danlu.context.naive_bayes.result import Dropped, NaiveBayesResult, Source, TokenTrace
+from danlu.context.naive_bayes.rows import Rows
+from danlu.context.naive_bayes.select import Decision, as_dropped, decide
 from danlu.context.trial import evaluating, in_range
 
 if TYPE_CHECKING:
-    from danlu.context.naive_bayes import NaiveBayesContexts
+    from danlu.context.naive_bayes.contexts import NaiveBayesContexts
 
 #: Tokens of an answer at most, where neither the caller nor the model's configuration says.
 NEW_TOKENS = 256

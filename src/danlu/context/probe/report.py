@@ -186,7 +186,7 @@ class AttentionReport:
 
     def figure(self) -> Figure:
         """Heat maps by layer and head, and effective tokens by position."""
-        from danlu.context.probe_figures import overview
+        from danlu.context.probe.figures import overview
 
         return overview(self)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from danlu.attention.measure import attention_stats
 from danlu.attention.scale import optimal_scale, softmax_grad_l1
 from danlu.attention.sparsity import effective_rank
-from danlu.context.probe_report import HeadReport
+from danlu.context.probe.report import HeadReport
 from danlu.kernels.row_sums import masked_scores
 
 _MEANS = (

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.context.naive_bayes_combine import Settings, combine
-from danlu.context.naive_bayes_result import TokenTrace
-from danlu.context.naive_bayes_rows import Rows
+from danlu.context.naive_bayes.combine import Settings, combine
+from danlu.context.naive_bayes.result import TokenTrace
+from danlu.context.naive_bayes.rows import Rows
 
 #: Options of ``generate`` that cannot mean anything here, and what to do instead.
 _REFUSED = {

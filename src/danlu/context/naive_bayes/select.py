@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from danlu.context.naive_bayes_combine import Settings, combine
-from danlu.context.naive_bayes_prompt import Layout, TextLike
-from danlu.context.naive_bayes_result import Dropped
-from danlu.context.naive_bayes_rows import Rows
+from danlu.context.naive_bayes.combine import Settings, combine
+from danlu.context.naive_bayes.prompt import Layout, TextLike
+from danlu.context.naive_bayes.result import Dropped
+from danlu.context.naive_bayes.rows import Rows
 from danlu.context.trial import in_range
 
 

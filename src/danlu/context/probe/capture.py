@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from danlu.context.inspect import host_model
-from danlu.context.probe_heads import LayerTotals, Sample, mean_by_position
-from danlu.context.probe_report import AttentionReport, HeadReport
+from danlu.context.probe.heads import LayerTotals, Sample, mean_by_position
+from danlu.context.probe.report import AttentionReport, HeadReport
 
 _REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 

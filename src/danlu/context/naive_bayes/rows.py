@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu.context.naive_bayes_caches import can_join, can_pad_right, fork, join, select_rows, take_row
+from danlu.context.naive_bayes.caches import can_join, can_pad_right, fork, join, select_rows, take_row
 from danlu.context.trial import keeps_logits
 
 

@@ -1,0 +1,1 @@
+"""Naive-Bayes contexts: one answer from many documents that a model reads one by one."""

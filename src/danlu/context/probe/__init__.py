@@ -1,0 +1,1 @@
+"""A probe of attention: what each head of a live model looks at."""
