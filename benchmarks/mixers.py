@@ -1,6 +1,6 @@
 """Every mixer of the decoder against the host's Llama of the same size: prefill, training step, decoding step, cache.
 
-python benchmarks/mixers.py [--context 4096] [--repeats 7]
+python benchmarks/mixers.py [--context 4096] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def step(model: Any, cache: Any, ids: torch.Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(4096, (1, options.context), generator=torch.Generator().manual_seed(0)).to(device)

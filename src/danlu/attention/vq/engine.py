@@ -101,8 +101,9 @@ def vq_attention(
     out = v.new_empty(*grouped.shape[:3], 0 if training else length, v.shape[-1])
     pieces: list[Tensor] = []
     all_codes = k.new_empty((batch, kv_heads, length), dtype=torch.int64)
-    # a bias that all blocks share is made once
+    # a bias and angles that all blocks share are made once
     shared: dict[tuple[int, ...], Tensor] = {}
+    angles: dict[int, tuple[Tensor, ...]] = {}
     for start in range(0, length, block):
         rows = slice(start, min(start + block, length))
         keys, values = k[:, :, rows], v[:, :, rows]
@@ -117,7 +118,13 @@ def vq_attention(
             key = (*places.shape, past.codes.shape[2])
             added = shared[key] if places.ndim == 1 and key in shared else _bias(bias, places, past.codes)
             shared[key] = added
-        turn = None if rotary is None else (rotary, block)
+        turn = None
+        if rotary is not None:
+            found = angles.get(places.shape[0]) if places.ndim == 1 else None
+            found = _angles(rotary, places, block, codebook.dtype) if found is None else found
+            if places.ndim == 1:
+                angles[places.shape[0]] = found
+            turn = rotary, block, found
         queries = grouped[..., rows, :] * scale
         arguments = (queries, window, quantised, values, own, past, codebook, added, places, turn)
         if training:
@@ -139,22 +146,27 @@ def _attend(
     codebook: Tensor,
     bias: Tensor | None,
     places: Tensor,
-    turn: tuple[Rotary, int] | None,
+    turn: tuple[Rotary, int, tuple[Tensor, ...]] | None,
 ) -> Tensor:
     """One softmax over codes, window and block; q is (batch, kv_heads, group, rows, dim)."""
     rows, width = own.shape[2], window.shape[2]
     far = codebook.shape[1]
-    keys = torch.cat((codebook.expand(own.shape[0], -1, -1, -1), window, own), 2)
+    codes = codebook.expand(own.shape[0], -1, -1, -1)
     q = widen(q)
     if turn is None:
-        weights = (q.flatten(2, 3) @ keys.mT).unflatten(2, (-1, rows))
+        weights = (q.flatten(2, 3) @ torch.cat((codes, window, own), 2).mT).unflatten(2, (-1, rows))
     else:
-        rotary, reach = turn
-        weights = (rotary.rotate(q, places.new_tensor([reach])).flatten(2, 3) @ keys.mT).unflatten(2, (-1, rows))
-        turned = rotary.rotate(q, places[..., width:]).flatten(2, 3) @ rotary.rotate(keys[:, :, far:], places).mT
-        close = places[..., width:, None] - places[..., None, :] <= reach
+        rotary, reach, (cos, sin, far_cos, far_sin) = turn
+        still = rotary.apply(q, far_cos, far_sin).flatten(2, 3) @ torch.cat((codes, window), 2).mT
+        still = still.unflatten(2, (-1, rows))
+        near = rotary.apply(torch.cat((window, own), 2), cos, sin)
+        ahead = rotary.apply(q, cos[..., width:, :], sin[..., width:, :])
+        turned = (ahead.flatten(2, 3) @ near.mT).unflatten(2, (-1, rows))
+        # keys of the window may be out of reach already, those of the block never are
+        close = places[..., width:, None] - places[..., None, :width] <= reach
         close = close if close.ndim == 2 else close[:, None, None]
-        weights[..., far:] = torch.where(close, turned.unflatten(2, (-1, rows)), weights[..., far:])
+        between = torch.where(close, turned[..., :width], still[..., far:])
+        weights = torch.cat((still[..., :far], between, turned[..., width:]), -1)
     # log 0 = -inf: a code without tokens does not exist
     weights[..., :far] += past.counts.double().log().to(weights.dtype)[:, :, None, None]
     near = weights[..., far:]
@@ -231,6 +243,11 @@ def _places(past: VQState, segments: Tensor | None, rows: int) -> Tensor:
         return torch.arange(width + rows, device=past.codes.device)
     # with padding in between, a distance is the number of real tokens passed
     return (torch.cat((past.segments, segments), 1) >= 0).cumsum(1)
+
+
+def _angles(rotary: Rotary, places: Tensor, reach: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Cosines and sines at the places of window and block, and of the one distance beyond."""
+    return *rotary.angles(places, dtype=dtype), *rotary.angles(places.new_tensor([reach]), dtype=dtype)
 
 
 def _bias(bias: Tensor, places: Tensor, codes: Tensor) -> Tensor:
