@@ -164,6 +164,12 @@ def latent_model(family: str, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def needs_latents(model: Any) -> None:
+    """Skip a test of latent caches where the installed host caches expanded keys."""
+    if not caches_latents(model):
+        pytest.skip(f"transformers {transformers.__version__} caches expanded keys")
+
+
 def caches_latents(model: Any) -> bool:
     """Whether the installed host caches latents for this model, as newer releases do."""
     return all(hasattr(module, "expand_kv") for module in model.modules() if hasattr(module, "kv_b_proj"))

@@ -16,6 +16,7 @@ from danlu.hosts.loading import load_causal_lm
 from danlu.tuning.latent.conversion import freeze_silent, to_mla
 from danlu.tuning.latent.moments import token_loss
 from reference.conversion import default_frequencies, grouped_attention, latent_attention
+from reference.latent_hosts import needs_latents
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -124,6 +125,7 @@ def test_generation_padding_and_cache_of_an_exact_conversion():
 def test_cache_holds_as_many_numbers_as_reported(rank, rope):
     model = host("llama", torch.float32)
     result = to_mla(model, rank, rope, method="pca" if rank else "exact", calibration=tokens(2))
+    needs_latents(result.model)
     cache = result.model(tokens(1, 10), use_cache=True).past_key_values
     held = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
     assert held == 10 * 2 * result.report.elements_after

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification as AutoForSequenceCl
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from danlu.models.decoder.config import DanluConfig
@@ -86,7 +85,8 @@ class DanluForCausalLM(DanluPreTrainedModel, GenerationMixin):
             prefix_lengths=prefix_lengths,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(output.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
