@@ -111,6 +111,7 @@ def test_latents_states_and_single_key_heads_are_counted(config, options, kind):
     model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**options)).eval()
     layers = cache_layers(model.config)
     assert layers[0].kind == kind
+    needs_latents(model)
     for length in (5, 40):
         assert sum(layer.numbers(length) for layer in layers) == held_by(model, length)
 
