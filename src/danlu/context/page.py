@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from danlu.context import figures
 from danlu.context.memory import readable
@@ -36,12 +36,8 @@ def write_report(report: LengthReport, folder: str | Path, *, usage: Sequence[st
 
 def render(report: LengthReport, *, usage: Sequence[str] = ()) -> str:
     """The page as text. Labels, names and notes are escaped; only our own plots are inserted as markup."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
-    )
     plots = [("Loss by length", figures.single(report, figures.draw_loss))]
     if report.needles:
         plots.append(("Needle tokens right, by length", figures.single(report, figures.draw_needles)))
@@ -49,8 +45,8 @@ def render(report: LengthReport, *, usage: Sequence[str] = ()) -> str:
     plots.append(("Prefill speed", figures.single(report, figures.draw_speed)))
     if all(row.peak_bytes is not None for row in report.measurements):
         plots.append(("Peak memory", figures.single(report, figures.draw_memory)))
-    page = environment.get_template("report.html")
-    return page.render(
+    return fill(
+        Path(__file__).parent / "templates" / "report.html",
         report=report,
         best=report.best(),
         verdict=report.verdict(),
@@ -58,6 +54,14 @@ def render(report: LengthReport, *, usage: Sequence[str] = ()) -> str:
         plots=[(title, Markup(as_svg(figure, title))) for title, figure in plots],
         readable=readable,
     )
+
+
+def fill(template: Path, **values: Any) -> str:
+    """A page from its template: values are escaped unless they are ``Markup``, and a missing one is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(template.parent), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(template.name).render(**values)
 
 
 def as_svg(figure: Figure, title: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from danlu.lab import corpora
 from danlu.lab.claim import Check, Context, Evidence, Plot, Table
 from danlu.lab.runner import claim
-from danlu.lab.training import Schedule, train
+from danlu.lab.training import Schedule, tens, train
 
 _WIDTH, _LENGTH, _BATCH = 32, 32, 8
 _DEPTHS = (4, 16, 64)
@@ -155,7 +155,7 @@ def evidence(
                 "step",
                 "training loss (mean of 10 steps)",
                 tuple(float(step) for step in range(10, len(deep["paper"][1]) + 1, 10)),
-                {name: _tens(losses) for name, (_, losses) in deep.items()},
+                {name: tens(losses) for name, (_, losses) in deep.items()},
             ),
         ),
         notes=(
@@ -258,7 +258,3 @@ def unigram_loss(text: Tensor, held_out: Tensor) -> float:
 
 def _growth(values: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(math.log10(value / values[0]) for value in values)
-
-
-def _tens(losses: list[float]) -> tuple[float, ...]:
-    return tuple(sum(losses[start : start + 10]) / 10 for start in range(0, len(losses) - 9, 10))

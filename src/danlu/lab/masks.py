@@ -11,7 +11,7 @@ from torch import Tensor
 from danlu.lab import corpora
 from danlu.lab.claim import Check, Context, Evidence, Plot, Table
 from danlu.lab.runner import claim
-from danlu.lab.training import Schedule, seeded, train
+from danlu.lab.training import Schedule, seeded, tens, train
 
 _LENGTH, _WIDTH, _HEADS, _LAYERS = 128, 64, 4, 2
 _MASK_ID = 256
@@ -39,7 +39,7 @@ def prefix_lm(context: Context) -> Evidence:
         for seed in context.seeds:
             value, steps = fitted_decoder(mask, text, held_out, seed, _SCHEDULE, context)
             losses.setdefault(mask, []).append(value)
-            curves.setdefault(mask, _tens(steps))
+            curves.setdefault(mask, tens(steps))
     mean = {mask: sum(values) / len(values) for mask, values in losses.items()}
     gain = mean["causal"] - mean["prefix"]
     differences = [a - b for a, b in zip(losses["causal"], losses["prefix"], strict=True)]
@@ -90,7 +90,7 @@ def mixed_directions(context: Context) -> Evidence:
         for seed in context.seeds:
             value, steps = fitted_encoder(mask, text, held_out, seed, _SCHEDULE, context)
             losses.setdefault(name, []).append(value)
-            curves.setdefault(name, _tens(steps))
+            curves.setdefault(name, tens(steps))
     mean = {name: sum(values) / len(values) for name, values in losses.items()}
     full = names["bidirectional"]
     errors = {
@@ -217,10 +217,6 @@ def _standard_error(values: list[float]) -> float:
         return 0.0
     mean = sum(values) / len(values)
     return (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
-
-
-def _tens(losses: list[float]) -> tuple[float, ...]:
-    return tuple(sum(losses[start : start + 10]) / 10 for start in range(0, len(losses) - 9, 10))
 
 
 def _curve_plot(title: str, curves: dict[str, tuple[float, ...]]) -> Plot:

@@ -93,6 +93,11 @@ def train(
     return losses
 
 
+def tens(losses: list[float]) -> tuple[float, ...]:
+    """Means of ten losses each, for a curve; what is left at the end is dropped."""
+    return tuple(sum(losses[start : start + 10]) / 10 for start in range(0, len(losses) - 9, 10))
+
+
 def trained(
     key: str, build: Callable[[], nn.Module], fit: Callable[[nn.Module], Any], seed: int, context: Context
 ) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from danlu.context.figures import COLOURS
 from danlu.context.memory import readable
-from danlu.context.page import as_svg
+from danlu.context.page import as_svg, fill
 from danlu.files import write_whole
 from danlu.training.tables import Recipe
 
@@ -154,15 +154,14 @@ class TrainingReport:
 
     def render(self) -> str:
         """The HTML page; names and values are escaped, only our own plots are markup."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup
 
-        environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
-        )
         plots = [(title, Markup(as_svg(figure, title))) for title, figure in self.figures()]
-        return environment.get_template("report.html").render(
-            report=self, plots=plots, recipe=json.dumps(self.recipe, indent=1, ensure_ascii=False)
+        return fill(
+            Path(__file__).parent / "templates" / "report.html",
+            report=self,
+            plots=plots,
+            recipe=json.dumps(self.recipe, indent=1, ensure_ascii=False),
         )
 
     def write(self, folder: Path) -> None:

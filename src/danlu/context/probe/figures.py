@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from danlu.context.page import as_png, as_svg
+from danlu.context.page import as_png, as_svg, fill
 from danlu.context.probe.report import AttentionReport, HeadReport, grid
 from danlu.files import write_whole
 
@@ -98,12 +98,9 @@ def write_probe(report: AttentionReport, path: str | Path) -> Path:
 
 def render(report: AttentionReport) -> str:
     """The page as text. Names and notes are escaped; only our own plot is inserted as markup."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"), autoescape=True, undefined=StrictUndefined
-    )
     title = "Attention by layer and head"
     picture = Markup(as_svg(report.figure(), title))
-    return environment.get_template("probe.html").render(report=report, title=title, picture=picture)
+    template = Path(__file__).parents[1] / "templates" / "probe.html"
+    return fill(template, report=report, title=title, picture=picture)

@@ -34,8 +34,10 @@ def fit_cache(cache: Any, mixers: list[Any]) -> None:
     for i, mixer in enumerate(mixers):
         if i == len(cache.layers):
             cache.layers.append((cache.layer_class_to_replicate or DynamicLayer)())
-        layer = cache.layers[i]
-        if not keeps_own_state(mixer) or getattr(layer, "is_danlu_state", False):
+        if not keeps_own_state(mixer):
+            continue
+        layer, fresh = cache.layers[i], mixer.make_cache()
+        if isinstance(layer, type(fresh)):
             continue
         if isinstance(layer, StaticLayer):
             raise ValueError(
@@ -47,8 +49,7 @@ def fit_cache(cache: Any, mixers: list[Any]) -> None:
                 f"past_key_values holds {layer.get_seq_length()} tokens in layer {i} that {type(mixer).__name__} did "
                 "not put there; start from an empty DynamicCache()"
             )
-        cache.layers[i] = mixer.make_cache()
-        cache.layers[i].is_danlu_state = True
+        cache.layers[i] = fresh
 
 
 def _latent(config: DanluConfig) -> nn.Module:
