@@ -80,8 +80,8 @@ class Settings(_Strict):
     languages: tuple[Literal["en", "zh"], ...] = Field(
         ("en",), min_length=1, description="languages of answers, the first by default"
     )
-    engine: EngineSettings = Field(default_factory=lambda: EngineSettings())
-    limits: LimitSettings = Field(default_factory=lambda: LimitSettings())
+    engine: EngineSettings = Field(default_factory=lambda: EngineSettings.model_validate({}))
+    limits: LimitSettings = Field(default_factory=lambda: LimitSettings.model_validate({}))
     admin_token: SecretStr = Field(SecretStr(""), description="who sends it gets the first place in the queue")
     trusted_proxies: tuple[str, ...] = Field((), description="addresses whose X-Forwarded-For is believed")
     workers: int = Field(1, ge=0, le=64, description="workers inside serve; 0: run them as processes of their own")
@@ -151,7 +151,8 @@ def _place(values: dict[str, Any], path: list[str], value: Any) -> None:
 def _explain(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        table: type[BaseModel] = {"engine": EngineSettings, "limits": LimitSettings}.get(str(error["loc"][0]), Settings)
+        tables: dict[str, type[BaseModel]] = {"engine": EngineSettings, "limits": LimitSettings}
+        table = tables.get(str(error["loc"][0]), Settings)
         known = get_close_matches(str(error["loc"][-1]), table.model_fields, 1, 0.5)
         return f"unknown setting {place!r}" + (f": did you mean {known[0]!r}?" if known else "")
     return f"{place}: {error['msg']}" if place else str(error["msg"])
