@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -51,6 +52,10 @@ class Store:
         if self.url.get_backend_name() not in ("sqlite", "postgresql"):
             raise ValueError(f"url must name SQLite or PostgreSQL, got {self.url.render_as_string()!r}")
         self.engine = _engine(self.url)
+        # A database in memory has one connection, so that threads must take turns.
+        self._turn: AbstractContextManager = (
+            threading.RLock() if isinstance(self.engine.pool, sa.StaticPool) else nullcontext()
+        )
         if migrate:
             from danlu.papers.migrations import upgrade
 
@@ -68,13 +73,13 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction that holds the right to write from its start: committed at the end, rolled back on an error."""
-        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with self._turn, self.engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A connection that sees one state of the database from its first query on."""
-        with self.engine.connect() as connection:
+        with self._turn, self.engine.connect() as connection:
             yield connection
 
     def secret(self, name: str) -> str:
