@@ -12,8 +12,8 @@ _CUTOFF = time(14)
 def mailing_day(submitted: datetime) -> date:
     """The date that the feed gives to the mailing of a submission, where nobody held it back.
 
-    Submissions of a weekday until 14:00 US Eastern are mailed at 20:00, those of Friday on Sunday evening; the feed dates a
-    mailing by the midnight after it.
+    Submissions of a weekday until 14:00 US Eastern are mailed at 20:00, those of Friday on Sunday evening; the feed
+    dates a mailing by the midnight after it.
 
     Args:
         submitted: with zone.

@@ -103,7 +103,7 @@ async def _poll_feed(store: Store, fetcher: Fetcher, name: str, now: datetime, r
     fetched = await fetcher.get(arxiv_feed.feed_url([name]), ARXIV_SOURCE, row["etag"], row["last_modified"])
     state = json.loads(row["cursor"] or "{}")
     if fetched.not_modified:
-        _keep(store, "rss", name, now, row, cursor=_agreeing(state, now))
+        note_poll(store, "rss", name, now, cursor=_agreeing(state, now))
         report.day = _later(report.day, state.get("day"))
         return True
     feed = arxiv_feed.parse_feed(fetched.body, [name])
@@ -130,7 +130,7 @@ async def _poll_feed(store: Store, fetcher: Fetcher, name: str, now: datetime, r
         else len(feed.records)
     )
     warning = f"{feed.skipped} entries could not be read" if feed.skipped else ""
-    _keep(store, "rss", name, now, row, cursor=state, expected_n=expected, warning=warning, **marks)
+    note_poll(store, "rss", name, now, cursor=state, expected_n=expected, warning=warning, **marks)
     report.day = _later(report.day, state.get("day"))
     return same
 
@@ -149,7 +149,7 @@ async def _poll_interface(store: Store, fetcher: Fetcher, name: str, now: dateti
     records = _complete(store, found, today, members(name))
     report.late += sum(any(place.late for place in record.listings) for record in records)
     report.written += store.upsert(records)
-    _keep(store, "api", name, now, poll_row(store, "api", name), got_n=len(records))
+    note_poll(store, "api", name, now, got_n=len(records))
 
 
 async def _recent(fetcher: Fetcher, code: str, day: date) -> list[PaperRecord]:
@@ -212,7 +212,7 @@ async def harvest(store: Store, fetcher: Fetcher, archive: str = "", now: dateti
             }
             if not page.token:
                 state = {"since": state["begun"]}
-            _keep(store, "oai", archive, moment, row, cursor=state, got_n=count)
+            note_poll(store, "oai", archive, moment, cursor=state, got_n=count)
             if not page.token:
                 return report
     except _ERRORS as error:
@@ -274,8 +274,8 @@ def poll_row(store: Store, source: str, key: str) -> dict[str, Any]:
     }
 
 
-def _keep(store: Store, source: str, key: str, now: datetime, row: dict[str, Any], **values: Any) -> None:
-    """Note a poll that succeeded."""
+def note_poll(store: Store, source: str, key: str, now: datetime, **values: Any) -> None:
+    """Note that a source was read."""
     moment = now.astimezone(UTC).replace(tzinfo=None, microsecond=0)
     if isinstance(values.get("cursor"), dict):
         values["cursor"] = json.dumps(values["cursor"])
