@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from danlu.papers import budget, lists
+from danlu.papers.answer.context import instruction_note
 from danlu.papers.answer.pdf import extract
 from danlu.papers.answer.questions import questions
 from danlu.papers.answer.sections import from_abstract
@@ -89,7 +90,9 @@ class Answering:
         if not left:
             return
         text = await self._text(job, found[0], version)
-        await asyncio.to_thread(self.cards.write, pk, version, lang, NOTES, "\n".join(text.notes), [])
+        warning = instruction_note(text)
+        notes = text.notes + ((warning,) if warning else ())
+        await asyncio.to_thread(self.cards.write, pk, version, lang, NOTES, "\n".join(notes), [])
         history = [(question, done[question.number]) for question in asked if question.number in done]
         for question in left:
             await self._check_budget()
@@ -140,12 +143,15 @@ class Answering:
         finished = len(history) / total
         await asyncio.to_thread(self.queue.renew, job, "answering", finished)
         if any(q == question.number for _, q, _ in await asyncio.to_thread(self.cards.chunks, job.id)):
-            # An earlier try broke off within this question: readers must drop what they have of it.
-            await asyncio.to_thread(self.cards.drop_chunks, job.id, question.number)
-            await asyncio.to_thread(self.cards.append, job.id, question.number, "")
+            # An earlier try broke off within this question.
+            await self._void(job, question)
         pieces: list[Piece] = []
-        waiting, flushed, renewed = "", self.clock(), self.clock()
+        waiting, spent, flushed, renewed = "", 0, self.clock(), self.clock()
         async for piece in self.engine.answer(text, question, history):
+            if piece.restart:
+                spent += sum(each.tokens for each in pieces)
+                pieces, waiting = [], ""
+                await self._void(job, question)
             pieces.append(piece)
             waiting += piece.text
             now = self.clock()
@@ -163,10 +169,15 @@ class Answering:
         quotes = [asdict(quote) for piece in pieces for quote in piece.quotes]
         await asyncio.to_thread(self.cards.write, *place, question.number, answer, quotes)
         await asyncio.to_thread(self.queue.renew, job, "answering", finished + 1 / total)
-        spent = sum(piece.tokens for piece in pieces)
+        spent += sum(piece.tokens for piece in pieces)
         if spent:
             await asyncio.to_thread(budget.spend, self.cards.store, self.engine.name, spent)
         return answer
+
+    async def _void(self, job: Job, question: Question) -> None:
+        """Readers must drop what they have of a question: an empty chunk says so."""
+        await asyncio.to_thread(self.cards.drop_chunks, job.id, question.number)
+        await asyncio.to_thread(self.cards.append, job.id, question.number, "")
 
     async def _check_budget(self) -> None:
         if not self.tokens_per_day:

@@ -73,11 +73,19 @@ class Quote:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of an answer in Markdown, the quotes it rests on, and the tokens that it cost."""
+    """The next part of an answer.
+
+    Args:
+        text: in Markdown.
+        quotes: that it rests on.
+        tokens: that it cost.
+        restart: the answer begins anew with this piece: what came before is void.
+    """
 
     text: str
     quotes: tuple[Quote, ...] = ()
     tokens: int = 0
+    restart: bool = False
 
 
 #: Questions of the same card that have been answered, with their answers: an engine may go on from them.
@@ -132,10 +140,18 @@ class TooLong(AnswerError):
 
 
 class EngineUnavailable(AnswerError):
-    """The engine cannot be reached or is overloaded."""
+    """The engine cannot be reached or is overloaded.
+
+    Attributes:
+        retry_after: seconds that it asks to wait, or None.
+    """
 
     kind = "engine_unavailable"
     retryable = True
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineRefused(AnswerError):

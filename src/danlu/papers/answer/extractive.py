@@ -1,0 +1,232 @@
+"""Answers that quote the paper: no model, no network, the same every time.
+
+A sentence is worth ``role + 0.6 BM25 + 0.4 cues + 0.3 centrality - 0.5 overlap``: how well its section fits the
+question, how well its words fit the question and the paper, how many cue words of the question it has, how central it
+is, and how much of it has been said already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+
+from danlu.papers.answer import pdf, questions
+from danlu.papers.answer.keys import digest
+from danlu.papers.answer.sentences import Sentence, sentences
+from danlu.papers.answer.types import History, NoText, PaperText, Piece, Question, Quote
+from danlu.papers.tokens import fold, stop_words, words
+
+VERSION = 1
+#: Quotes of one answer: at most so many sentences and words.
+SENTENCES, WORDS = 6, 120
+_LEAST = 3
+_BM25_K1, _BM25_B = 1.2, 0.75
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """What fits a question: how well each role does, cue words, and words that stand for the question itself."""
+
+    roles: dict[str, float]
+    cues: tuple[str, ...]
+    terms: str
+
+
+_GUIDES = {
+    1: _Guide(
+        {"abstract": 1.0, "introduction": 0.9},
+        (
+            *("however", "problem", "challenge", "lack", "limitation of", "difficult", "fail", "suffer", "remains"),
+            *("unfortunately", "goal", "aim", "问题", "然而", "挑战"),
+        ),
+        "problem challenge goal difficulty task address issue",
+    ),
+    2: _Guide(
+        {"related": 1.0, "introduction": 0.4},
+        (
+            *("et al", "[", "previous", "prior", "existing", "earlier", "recent work", "proposed by", "studies"),
+            *("已有", "相关"),
+        ),
+        "related prior previous existing work studies methods literature",
+    ),
+    3: _Guide(
+        {"method": 1.0, "abstract": 0.6, "introduction": 0.5},
+        (
+            *("we propose", "we introduce", "we present", "our method", "our approach", "our model", "we develop"),
+            *("is computed", "consists of", "提出", "我们的方法"),
+        ),
+        "propose introduce method approach model algorithm design",
+    ),
+    4: _Guide(
+        {"experiments": 1.0, "abstract": 0.4, "discussion": 0.4},
+        (
+            *("table", "outperform", "dataset", "data set", "benchmark", "accuracy", "%", "baseline", "improve"),
+            *("results show", "achieves", "evaluate", "实验", "结果"),
+        ),
+        "experiments results datasets baselines accuracy evaluation improvement",
+    ),
+    5: _Guide(
+        {"limitations": 1.0, "conclusion": 0.8, "discussion": 0.7},
+        (
+            *("limitation", "future", "leave", "extend", "further", "open question", "could be"),
+            *("would be interesting", "未来", "局限"),
+        ),
+        "future limitation extend further work open direction",
+    ),
+    6: _Guide(
+        {"abstract": 1.0, "conclusion": 0.9},
+        ("in this paper", "in this work", "we show", "we propose", "in summary", "overall", "we conclude", "本文"),
+        "paper propose show result contribution summary",
+    ),
+}
+#: Roles that a question falls back to where a paper has none of its own.
+_ANY = 0.2
+
+
+_NOTHING = {
+    "en": "*No sentence of the paper is left that fits this question.*\n",
+    "zh": "*论文中没有其他适合这个问题的句子。*\n",
+}
+
+
+class ExtractiveEngine:
+    """Quotes three to six sentences for each question."""
+
+    name = "extractive"
+    label = "extracts from the paper"
+
+    def key(self) -> str:
+        """A hash of everything that changes its answers."""
+        return digest(self.name, VERSION, questions.VERSION, pdf.VERSION)
+
+    async def answer(self, paper: PaperText, question: Question, history: History) -> AsyncIterator[Piece]:
+        """Quote the sentences that fit best; one that an earlier answer quotes is not quoted again."""
+        used = {text for _, answer in history for text in _quoted(answer)}
+        chosen = select(paper, question, used)
+        if not chosen and not sentences(paper):
+            raise NoText("the paper has no sentence to quote")
+        if not chosen:
+            yield Piece(_NOTHING[question.lang])
+        for sentence in chosen:
+            yield _piece(paper, sentence)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def select(paper: PaperText, question: Question, used: Iterable[str] = ()) -> list[Sentence]:
+    """The sentences that answer a question, in the order of the paper.
+
+    Args:
+        paper: to quote from.
+        question: of the six.
+        used: sentences that are not to be quoted again, as `spoken` gives them.
+
+    Returns:
+        Three to six sentences of at most 120 words together; fewer where the paper has no more.
+    """
+    said = set(used)
+    pool = [each for each in sentences(paper) if spoken(paper.text[each.start : each.end]) not in said]
+    if not pool:
+        return []
+    worth = _worth(paper, pool, question)
+    return sorted(_spread(pool, worth), key=lambda sentence: sentence.start)
+
+
+def spoken(text: str) -> str:
+    """A sentence on one line, as answers show it."""
+    return " ".join(text.split())
+
+
+def _worth(paper: PaperText, pool: Sequence[Sentence], question: Question) -> list[float]:
+    guide = _GUIDES[question.number]
+    title = [word for word in words(paper.title) if word not in stop_words()]
+    central = _centrality(pool)
+    terms = [*words(guide.terms), *title, *(word for word in words(question.text) if word not in stop_words())]
+    matched = _bm25(pool, terms)
+    found = []
+    for sentence, score, centre in zip(pool, matched, central, strict=True):
+        prior = guide.roles.get(sentence.section.role, _ANY if sentence.section.role != "appendix" else 0.0)
+        text = fold(paper.text[sentence.start : sentence.end])
+        cues = sum(cue in text for cue in guide.cues)
+        found.append(prior + 0.6 * score + 0.4 * min(cues, 2) / 2 + 0.3 * centre)
+    return found
+
+
+def _spread(pool: Sequence[Sentence], worth: Sequence[float]) -> list[Sentence]:
+    """The best sentences one after the other, each less worth the more of it has been said."""
+    bags = [frozenset(sentence.words) - stop_words() for sentence in pool]
+    left = set(range(len(pool)))
+    chosen: list[int] = []
+    total = 0
+    while left and len(chosen) < SENTENCES:
+
+        def value(index: int) -> float:
+            own = bags[index]
+            overlap = max((len(own & bags[other]) / max(1, len(own)) for other in chosen), default=0.0)
+            return worth[index] - 0.5 * overlap
+
+        best = max(left, key=lambda index: (value(index), -index))
+        left.remove(best)
+        length = len(pool[best].words)
+        if chosen and total + length > WORDS:
+            continue
+        if len(chosen) >= _LEAST and value(best) < 0.6 * worth[chosen[0]]:
+            break
+        chosen.append(best)
+        total += length
+    return [pool[index] for index in chosen]
+
+
+def _bm25(pool: Sequence[Sentence], terms: Iterable[str]) -> list[float]:
+    """BM25 of each sentence for the terms, scaled to 0..1."""
+    wanted = set(terms)
+    counts = [Counter(word for word in sentence.words if word in wanted) for sentence in pool]
+    frequency = Counter(term for count in counts for term in count)
+    mean = sum(len(sentence.words) for sentence in pool) / len(pool)
+    scores = []
+    for sentence, count in zip(pool, counts, strict=True):
+        norm = _BM25_K1 * (1 - _BM25_B + _BM25_B * len(sentence.words) / mean)
+        scores.append(
+            sum(
+                math.log(1 + (len(pool) - frequency[term] + 0.5) / (frequency[term] + 0.5))
+                * n
+                * (_BM25_K1 + 1)
+                / (n + norm)
+                for term, n in count.items()
+            )
+        )
+    top = max(scores, default=0.0)
+    return [score / top if top else 0.0 for score in scores]
+
+
+def _centrality(pool: Sequence[Sentence]) -> list[float]:
+    """How near each sentence is to the words of the whole paper, scaled to 0..1."""
+    stop = stop_words()
+    bags = [Counter(word for word in sentence.words if word not in stop) for sentence in pool]
+    frequency = Counter(term for bag in bags for term in bag)
+    weight = {term: math.log(1 + len(pool) / count) for term, count in frequency.items()}
+    whole: Counter[str] = Counter()
+    for bag in bags:
+        whole.update(bag)
+    scores = []
+    for bag in bags:
+        length = math.sqrt(sum((n * weight[term]) ** 2 for term, n in bag.items()))
+        scores.append(sum(n * whole[term] * weight[term] ** 2 for term, n in bag.items()) / length if length else 0.0)
+    top = max(scores, default=0.0)
+    return [score / top if top else 0.0 for score in scores]
+
+
+def _piece(paper: PaperText, sentence: Sentence) -> Piece:
+    page = paper.page_of(sentence.start)
+    where = sentence.section.title + (f", p. {page}" if page else "")
+    quote = Quote(sentence.start, sentence.end, sentence.section.title, page)
+    return Piece(f"> {spoken(paper.text[sentence.start : sentence.end])}\n> — *{where}*\n\n", (quote,))
+
+
+def _quoted(answer: str) -> list[str]:
+    """The sentences that an earlier answer of this engine quotes."""
+    lines = answer.splitlines()
+    return [line[2:] for line in lines if line.startswith("> ") and not line.startswith("> — *")]
