@@ -102,8 +102,10 @@ class ExtractiveEngine:
         return digest(self.name, VERSION, questions.VERSION, pdf.VERSION)
 
     async def answer(self, paper: PaperText, question: Question, history: History) -> AsyncIterator[Piece]:
-        """Quote the sentences that fit best; one that an earlier answer quotes is not quoted again."""
-        used = {text for _, answer in history for text in _quoted(answer)}
+        """Quote the sentences that fit best; the summary does not repeat what was quoted for the problem."""
+        used = {
+            text for asked, answer in history for text in _quoted(answer) if (asked.number, question.number) == (1, 6)
+        }
         chosen = select(paper, question, used)
         if not chosen and not sentences(paper):
             raise NoText("the paper has no sentence to quote")

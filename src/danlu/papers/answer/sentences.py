@@ -34,7 +34,11 @@ def sentences(paper: PaperText, roles: frozenset[str] | None = None) -> list[Sen
     """
     found = []
     for section in paper.sections:
-        if section.role == "references" or (roles is not None and section.role not in roles):
+        if (
+            section.role in ("references", "acknowledgements")
+            or section.title == "Front"
+            or (roles is not None and section.role not in roles)
+        ):
             continue
         for start, end in _spans(paper.text, *_body(paper.text, section)):
             own = words(paper.text[start:end])
