@@ -69,11 +69,70 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.context.needle import needle_scores as needle_scores
     from danlu.context.probe.capture import AttentionProbe as AttentionProbe
     from danlu.context.stacks import parse_methods as parse_methods
+    from danlu.diffusion.amed import AMED as AMED
+    from danlu.diffusion.amed_predictor import AMEDPredictor as AMEDPredictor
+    from danlu.diffusion.amed_recipe import AMEDRecipe as AMEDRecipe
+    from danlu.diffusion.amed_table import AMEDTable as AMEDTable
+    from danlu.diffusion.amed_training import train_amed as train_amed
+    from danlu.diffusion.attachment import attach as attach
+    from danlu.diffusion.couplings import MinibatchOT as MinibatchOT
+    from danlu.diffusion.custom import CustomProcess as CustomProcess
+    from danlu.diffusion.discrete import DiscreteProcess as DiscreteProcess
+    from danlu.diffusion.flow import flow_matching_loss as flow_matching_loss
+    from danlu.diffusion.flow_export import export_flow as export_flow
+    from danlu.diffusion.flow_metrics import nfe_curve as nfe_curve
+    from danlu.diffusion.flow_metrics import straightness as straightness
+    from danlu.diffusion.flow_metrics import transport_cost as transport_cost
+    from danlu.diffusion.grids import time_grid as time_grid
+    from danlu.diffusion.hosts import process_from_scheduler as process_from_scheduler
+    from danlu.diffusion.likelihood import LogLikelihood as LogLikelihood
+    from danlu.diffusion.likelihood import bits_per_dim as bits_per_dim
+    from danlu.diffusion.likelihood import log_likelihood as log_likelihood
+    from danlu.diffusion.losses import csm_loss as csm_loss
+    from danlu.diffusion.losses import denoising_loss as denoising_loss
+    from danlu.diffusion.losses import irreducible_loss as irreducible_loss
+    from danlu.diffusion.losses import score_matching_loss as score_matching_loss
+    from danlu.diffusion.mixtures import GaussianMixture as GaussianMixture
+    from danlu.diffusion.multistep import IPNDM as IPNDM
+    from danlu.diffusion.multistep import HostScheduler as HostScheduler
+    from danlu.diffusion.pair_cache import PairCache as PairCache
+    from danlu.diffusion.pair_cache import generate_pairs as generate_pairs
+    from danlu.diffusion.paths import AffinePath as AffinePath
+    from danlu.diffusion.paths import CustomPath as CustomPath
+    from danlu.diffusion.paths import LinearPath as LinearPath
+    from danlu.diffusion.paths import ProcessPath as ProcessPath
+    from danlu.diffusion.paths import TrigonometricPath as TrigonometricPath
+    from danlu.diffusion.process import Process as Process
+    from danlu.diffusion.processes import EDM as EDM
+    from danlu.diffusion.processes import VE as VE
+    from danlu.diffusion.processes import VP as VP
+    from danlu.diffusion.processes import Cosine as Cosine
+    from danlu.diffusion.processes import RectifiedFlow as RectifiedFlow
+    from danlu.diffusion.processes import SubVP as SubVP
+    from danlu.diffusion.reflow import distill as distill
+    from danlu.diffusion.reflow import reflow as reflow
+    from danlu.diffusion.schedulers import AMEDScheduler as AMEDScheduler
+    from danlu.diffusion.solvers import SampleOutput as SampleOutput
+    from danlu.diffusion.solvers import endpoint_error as endpoint_error
+    from danlu.diffusion.solvers import sample as sample
+    from danlu.diffusion.steps import DDIM as DDIM
+    from danlu.diffusion.steps import Euler as Euler
+    from danlu.diffusion.steps import EulerMaruyama as EulerMaruyama
+    from danlu.diffusion.steps import Heun as Heun
+    from danlu.diffusion.steps import Midpoint as Midpoint
+    from danlu.diffusion.targets import Denoiser as Denoiser
+    from danlu.diffusion.targets import convert as convert
     from danlu.kernels.scan import linear_scan as linear_scan
     from danlu.losses.emo import EMOLoss as EMOLoss
     from danlu.losses.emo_functional import emo_loss as emo_loss
     from danlu.losses.emo_functional import linear_emo_loss as linear_emo_loss
     from danlu.losses.mixing import MixingSchedule as MixingSchedule
+    from danlu.models.continuous.config import ContinuousConfig as ContinuousConfig
+    from danlu.models.continuous.head import DiffusionHead as DiffusionHead
+    from danlu.models.continuous.mask import joint_noise_mask as joint_noise_mask
+    from danlu.models.continuous.model import ContinuousCausalLM as ContinuousCausalLM
+    from danlu.models.continuous.patches import patchify as patchify
+    from danlu.models.continuous.patches import unpatchify as unpatchify
     from danlu.models.decoder.heads import DanluConfig as DanluConfig
     from danlu.models.decoder.heads import DanluForCausalLM as DanluForCausalLM
     from danlu.models.decoder.heads import DanluForMaskedLM as DanluForMaskedLM
@@ -145,6 +204,22 @@ if TYPE_CHECKING:  # the same names as in _HOMES, for type checkers and editors;
     from danlu.tuning.latent.conversion import to_mla as to_mla
     from danlu.tuning.latent.norm import freeze_silent as freeze_silent
     from danlu.tuning.latent.report import ConversionReport as ConversionReport
+    from danlu.vision.autoencoder import QuantizedAutoencoder as QuantizedAutoencoder
+    from danlu.vision.composed import GroupedQuantizer as GroupedQuantizer
+    from danlu.vision.composed import ResidualQuantizer as ResidualQuantizer
+    from danlu.vision.composed import VQModelQuantizer as VQModelQuantizer
+    from danlu.vision.extrapolation import LinearExtrapolator as LinearExtrapolator
+    from danlu.vision.fsq import FSQ as FSQ
+    from danlu.vision.interpolation import Interpolator1d as Interpolator1d
+    from danlu.vision.qb_heat import QBHeatForPreTraining as QBHeatForPreTraining
+    from danlu.vision.qb_heat_config import QBHeatConfig as QBHeatConfig
+    from danlu.vision.quantizer import build_quantizer as build_quantizer
+    from danlu.vision.quarter_block import QuarterBlockMasker as QuarterBlockMasker
+    from danlu.vision.second_order import QuadraticExtrapolator as QuadraticExtrapolator
+    from danlu.vision.usage import UsageReport as UsageReport
+    from danlu.vision.usage import measure_usage as measure_usage
+    from danlu.vision.vq import LFQ as LFQ
+    from danlu.vision.vq import VectorQuantizer as VectorQuantizer
     from danlu.zero_shot.contrast import SamplesContrast as SamplesContrast
     from danlu.zero_shot.nsp import NSPClassifier as NSPClassifier
 
@@ -193,10 +268,42 @@ _HOMES = {
     "danlu.context.needle": ("needle_scores",),
     "danlu.context.probe.capture": ("AttentionProbe",),
     "danlu.context.stacks": ("parse_methods",),
+    "danlu.diffusion.amed": ("AMED",),
+    "danlu.diffusion.amed_predictor": ("AMEDPredictor",),
+    "danlu.diffusion.amed_recipe": ("AMEDRecipe",),
+    "danlu.diffusion.amed_table": ("AMEDTable",),
+    "danlu.diffusion.amed_training": ("train_amed",),
+    "danlu.diffusion.attachment": ("attach",),
+    "danlu.diffusion.couplings": ("MinibatchOT",),
+    "danlu.diffusion.custom": ("CustomProcess",),
+    "danlu.diffusion.discrete": ("DiscreteProcess",),
+    "danlu.diffusion.flow": ("flow_matching_loss",),
+    "danlu.diffusion.flow_export": ("export_flow",),
+    "danlu.diffusion.flow_metrics": ("nfe_curve", "straightness", "transport_cost"),
+    "danlu.diffusion.grids": ("time_grid",),
+    "danlu.diffusion.hosts": ("process_from_scheduler",),
+    "danlu.diffusion.likelihood": ("LogLikelihood", "bits_per_dim", "log_likelihood"),
+    "danlu.diffusion.losses": ("csm_loss", "denoising_loss", "irreducible_loss", "score_matching_loss"),
+    "danlu.diffusion.mixtures": ("GaussianMixture",),
+    "danlu.diffusion.multistep": ("HostScheduler", "IPNDM"),
+    "danlu.diffusion.pair_cache": ("PairCache", "generate_pairs"),
+    "danlu.diffusion.paths": ("AffinePath", "CustomPath", "LinearPath", "ProcessPath", "TrigonometricPath"),
+    "danlu.diffusion.process": ("Process",),
+    "danlu.diffusion.processes": ("Cosine", "EDM", "RectifiedFlow", "SubVP", "VE", "VP"),
+    "danlu.diffusion.reflow": ("distill", "reflow"),
+    "danlu.diffusion.schedulers": ("AMEDScheduler",),
+    "danlu.diffusion.solvers": ("SampleOutput", "endpoint_error", "sample"),
+    "danlu.diffusion.steps": ("DDIM", "Euler", "EulerMaruyama", "Heun", "Midpoint"),
+    "danlu.diffusion.targets": ("Denoiser", "convert"),
     "danlu.kernels.scan": ("linear_scan",),
     "danlu.losses.emo": ("EMOLoss",),
     "danlu.losses.emo_functional": ("emo_loss", "linear_emo_loss"),
     "danlu.losses.mixing": ("MixingSchedule",),
+    "danlu.models.continuous.config": ("ContinuousConfig",),
+    "danlu.models.continuous.head": ("DiffusionHead",),
+    "danlu.models.continuous.mask": ("joint_noise_mask",),
+    "danlu.models.continuous.model": ("ContinuousCausalLM",),
+    "danlu.models.continuous.patches": ("patchify", "unpatchify"),
     "danlu.models.decoder.heads": (
         "DanluConfig",
         "DanluForCausalLM",
@@ -257,6 +364,18 @@ _HOMES = {
     "danlu.tuning.latent.conversion": ("ConversionResult", "to_mla"),
     "danlu.tuning.latent.norm": ("freeze_silent",),
     "danlu.tuning.latent.report": ("ConversionReport",),
+    "danlu.vision.autoencoder": ("QuantizedAutoencoder",),
+    "danlu.vision.composed": ("GroupedQuantizer", "ResidualQuantizer", "VQModelQuantizer"),
+    "danlu.vision.extrapolation": ("LinearExtrapolator",),
+    "danlu.vision.fsq": ("FSQ",),
+    "danlu.vision.interpolation": ("Interpolator1d",),
+    "danlu.vision.qb_heat": ("QBHeatForPreTraining",),
+    "danlu.vision.qb_heat_config": ("QBHeatConfig",),
+    "danlu.vision.quantizer": ("build_quantizer",),
+    "danlu.vision.quarter_block": ("QuarterBlockMasker",),
+    "danlu.vision.second_order": ("QuadraticExtrapolator",),
+    "danlu.vision.usage": ("UsageReport", "measure_usage"),
+    "danlu.vision.vq": ("LFQ", "VectorQuantizer"),
     "danlu.zero_shot.contrast": ("SamplesContrast",),
     "danlu.zero_shot.nsp": ("NSPClassifier",),
 }

@@ -20,6 +20,7 @@ COMMANDS = {
     "kv-cache": "danlu.cli.kv_cache:app",
     "lab": "danlu.cli.lab:app",
     "probe": "danlu.cli.probe:app",
+    "sample": "danlu.cli.sample:app",
     "to-mla": "danlu.cli.to_mla:app",
     "tokenizer": "danlu.cli.tokenizer:app",
     "train": "danlu.cli.train:app",

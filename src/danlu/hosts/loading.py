@@ -79,7 +79,7 @@ def _load(name: str, kind: str, device: str, dtype: str, argument: str, needed: 
     register_own_models()
     if name == "danlu-nano":
         name = str(nano_path())
-    place = _device(device)
+    place = find_device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto" and dtype not in dtypes:
         raise ValueError(f"--dtype must be auto, {', '.join(dtypes)}, got {dtype!r}")
@@ -111,7 +111,12 @@ def _load(name: str, kind: str, device: str, dtype: str, argument: str, needed: 
     return model.to(place).eval(), tokenizer
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
+    """The device of ``--device``: ``auto`` is a CUDA GPU where there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
     import torch
 
     if name == "auto":

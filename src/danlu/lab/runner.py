@@ -42,6 +42,13 @@ FAMILIES = (
     "recurrent",
     "encoders",
     "naive_bayes",
+    "diffusion",
+    "ode",
+    "amed",
+    "flow",
+    "quantizers",
+    "qb_heat",
+    "continuous",
 )
 
 _CLAIMS: dict[str, Claim] = {}

@@ -86,8 +86,13 @@ class Settings(_Strict):
     trusted_proxies: tuple[str, ...] = Field((), description="addresses whose X-Forwarded-For is believed")
     workers: int = Field(1, ge=0, le=64, description="workers inside serve; 0: run them as processes of their own")
     sample: bool = Field(True, description="fill an empty database with the bundled sample")
+    chat_url: str = Field(
+        "",
+        description="a general chat that a card links to, with {prompt} where the question goes, such as "
+        "https://chat.example.org/?q={prompt}; empty: no link",
+    )
     translate_url: str = Field(
-        "", description="where readers may send a title and abstract for translation; empty: nowhere"
+        "", description="where readers may send a title and abstract for translation, with {text} where they go; empty: nowhere"
     )
 
     @field_validator("follow")

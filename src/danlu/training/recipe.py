@@ -7,12 +7,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from danlu.training.tables import Optimizer, Recipe, Source, Table
 from danlu.training.texts import BUILT_IN
+
+AnyTable = TypeVar("AnyTable", bound=Table)
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -28,13 +30,23 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         OSError: the file cannot be read.
     """
     path = Path(path)
+    return parse_recipe(read_values(path, settings), folder=path.parent, what=str(path))
+
+
+def read_values(path: Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain values of a TOML file, with changes such as ``training.steps=100``.
+
+    Raises:
+        ValueError: not TOML, or a change that is none.
+        OSError: the file cannot be read.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     for setting in settings:
-        _set(values, setting)
-    return parse_recipe(values, folder=path.parent, what=str(path))
+        set_value(values, setting)
+    return values
 
 
 def parse_recipe(values: Mapping[str, Any], *, folder: Path | None = None, what: str = "recipe") -> Recipe:
@@ -48,11 +60,20 @@ def parse_recipe(values: Mapping[str, Any], *, folder: Path | None = None, what:
     Raises:
         ValueError: as for ``load_recipe``.
     """
-    try:
-        recipe = Recipe.model_validate(dict(values))
-    except ValidationError as error:
-        raise ValueError(f"{what}: {'; '.join(_sentence(item) for item in error.errors())}") from error
+    recipe = validated(Recipe, values, what)
     return recipe if folder is None else _placed(recipe, folder)
+
+
+def validated(root: type[AnyTable], values: Mapping[str, Any], what: str) -> AnyTable:
+    """Values as a typed and strict table.
+
+    Raises:
+        ValueError: every mistake in one sentence that names the key, the value and the nearest known key.
+    """
+    try:
+        return root.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError(f"{what}: {'; '.join(_sentence(item, root) for item in error.errors())}") from error
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
@@ -79,7 +100,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"data": data, "tasks": tasks, "model": model, "tokenizer": tokenizer})
 
 
-def _set(values: dict[str, Any], setting: str) -> None:
+def set_value(values: dict[str, Any], setting: str) -> None:
+    """Change one key, named with dots, in place."""
     key, sign, text = setting.partition("=")
     if not sign or not key.strip():
         raise ValueError(f"--set must look like training.steps=100, got {setting!r}")
@@ -95,14 +117,14 @@ def _set(values: dict[str, Any], setting: str) -> None:
     values[last] = value
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, root: type[Table]) -> str:
     """One validation error as a sentence that names the key, the value and the nearest known key."""
     # A discriminated union puts its tag into the path, which the file does not have.
     tags = {str(_tag(kind)) for kind in _tables_in(Optimizer)}
     path = [str(part) for part in error["loc"]]
     shown = ".".join(part for i, part in enumerate(path) if not (i == 1 and path[0] == "optimizer" and part in tags))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
+        known = _known_keys(path[:-1], root)
         near = get_close_matches(path[-1], known, n=1, cutoff=0.0)
         return f"unknown key {shown!r}; the nearest known one is {near[0]!r} (all: {', '.join(known)})"
     if error["type"] == "missing":
@@ -119,9 +141,9 @@ def _sentence(error: Any) -> str:
     return f"{shown} {message}{got}" if shown else f"{message}{got}"
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
+def _known_keys(path: Sequence[str], root: type[Table]) -> list[str]:
     """Keys of the table at this path of a recipe."""
-    tables: list[Any] = [Recipe]
+    tables: list[Any] = [root]
     for part in path:
         if part in tables[0].model_fields:
             tables = _tables_in(tables[0].model_fields[part].annotation)
@@ -141,7 +163,7 @@ def _tables_in(annotation: Any) -> list[Any]:
     return [table for part in get_args(annotation) for table in _tables_in(part)]
 
 
-def differences(recipe: Recipe, fingerprint: Mapping[str, Any]) -> list[str]:
+def differences(recipe: Any, fingerprint: Mapping[str, Any]) -> list[str]:
     """Dotted keys in which a recipe differs from the fingerprint of another."""
     mine, other = _flat(recipe.fingerprint()), _flat(fingerprint)
     return [key for key in mine | other if mine.get(key) != other.get(key)]

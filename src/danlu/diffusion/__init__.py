@@ -1,0 +1,1 @@
+"""Diffusion as an SDE and an ODE: processes, solvers of few steps, likelihoods, flows."""

@@ -1,0 +1,1 @@
+"""Discrete codes of images and self-supervised image features."""
