@@ -15,7 +15,7 @@ WORKERS ?= 2
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest lint format bench lab docs clean
+.PHONY: help demo papers test test-web test-all test-oldest lint format bench lab docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,7 +24,16 @@ demo: $(VENV)/.runtime  ## the bundled model reads 16 times its training length;
 	$(BIN)/danlu extend --out build/demo
 
 test: $(VENV)/.dev  ## the tests that prove it, in a few minutes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not browser"
+
+# Chromium and PostgreSQL come from the system's packages: tests of the site drive the one and store in the other.
+test-web: $(VENV)/.dev  ## the site in a real browser, and on a real PostgreSQL
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || apt-get install -y -qq postgresql
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/papers
+
+papers: $(VENV)/.papers  ## serve the papers site from its sample data
+	$(BIN)/danlu papers serve
 
 test-all: $(VENV)/.dev  ## every test
 	$(PYTEST)
@@ -34,7 +43,7 @@ OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml
 test-oldest:  ## the same tests on the oldest supported transformers
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.dev
 	.venv-oldest/bin/python -m pip install --quiet "transformers==$(OLDEST)"
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow and not browser"
 
 lint: $(VENV)/.dev  ## format check, lint, types
 	$(BIN)/ruff format --check .
@@ -79,6 +88,10 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.peers: $(VENV)/.runtime
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel
 	$(INSTALL) --editable '.[lab,bench]'
+	@touch $@
+
+$(VENV)/.papers: $(VENV)/.runtime
+	$(INSTALL) --editable '.[papers]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import danlu.cli
 import danlu.training.diffusion_report
 
-
 SMALL = [
     *("--set", "network.channels=[8]", "--set", "network.attention=none"),
     *("--set", "training.steps=2", "--set", "training.batch=4"),

@@ -19,6 +19,7 @@ COMMANDS = {
     "grow": "danlu.cli.grow:app",
     "kv-cache": "danlu.cli.kv_cache:app",
     "lab": "danlu.cli.lab:app",
+    "papers": "danlu.cli.papers:app",
     "probe": "danlu.cli.probe:app",
     "sample": "danlu.cli.sample:app",
     "to-mla": "danlu.cli.to_mla:app",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_KINDS = {"SafetensorError", "OutOfMemoryError", "AnswerError", "FetchError"}
+
 
 def is_user_error(error: BaseException) -> bool:
     """Whether an exception reports bad input, rather than a fault of the program."""
@@ -9,7 +11,7 @@ def is_user_error(error: BaseException) -> bool:
         return False
     # safetensors and torch are not imported here: ``danlu --help`` must stay quick.
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, ValueError | OSError) or bool(names & {"SafetensorError", "OutOfMemoryError"})
+    return isinstance(error, ValueError | OSError) or bool(names & _KINDS)
 
 
 def one_sentence(error: BaseException) -> str:
