@@ -150,7 +150,8 @@ def main() -> None:
             "# Continuous autoregression: a training step, and sampling",
             "",
             f"Llama of {LAYERS} layers, width {WIDTH} ({body_size / 1e6:.1f} M), flow head {HEAD_DEPTH} x {HEAD_WIDTH} "
-            f"({head_size / 1e6:.2f} M, {MUL} draws for each patch: {MUL * head_size / body_size:.0%} of its arithmetic); {BATCH} sequences of {PATCHES} patches of {TOKEN} "
+            f"({head_size / 1e6:.2f} M, {MUL} draws for each patch: {MUL * head_size / body_size:.0%} of its "
+            f"arithmetic); {BATCH} sequences of {PATCHES} patches of {TOKEN} "
             f"numbers, {STEPS} Euler steps for each; {device}, {torch.get_num_threads()} threads; medians of "
             f"{options.repeats} and {few} interleaved repeats.",
             "",
