@@ -45,7 +45,7 @@ _DIGITS = Schedule(steps=800, batch=64, learning_rate=2e-3)
     measurement="Four points on a circle, each 60 degrees to the left or the right of the one before, by chance; share "
     "of sampled sequences in which every turn and radius is right, for a mean (MSE), the mean and a fitted Gaussian, "
     "and the flow head by its solver steps.",
-    budget=90,
+    budget=110,
 )
 def continuous_autoregression(context: Context) -> Evidence:
     """Train one model with a flow head and one with a mean, and sample from both."""
