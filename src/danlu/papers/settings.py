@@ -92,7 +92,9 @@ class Settings(_Strict):
         "https://chat.example.org/?q={prompt}; empty: no link",
     )
     translate_url: str = Field(
-        "", description="where readers may send a title and abstract for translation, with {text} where they go; empty: nowhere"
+        "",
+        description="where readers may send a title and abstract for translation, with {text} where they go; "
+        "empty: nowhere",
     )
 
     @field_validator("follow")
