@@ -41,6 +41,7 @@ _PACKAGES = (
     "pypdf",
     "nh3",
     "markdown_it",
+    "python_multipart",
 )
 
 
