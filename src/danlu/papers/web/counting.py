@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import cast
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
@@ -25,7 +26,7 @@ async def count(request: Request, paper_id: str) -> Response:
     kind = str((await request.form()).get("kind") or "")
     if kind not in counters.COUNTED:
         raise BadRequest(f"kind must be one of {', '.join(counters.COUNTED)}", kind[:40])
-    return await run_in_threadpool(_count, request, paper_id, kind)
+    return await run_in_threadpool(_count, request, paper_id, cast(counters.Counted, kind))
 
 
 def _count(request: Request, paper_id: str, kind: counters.Counted) -> Response:
