@@ -43,3 +43,9 @@ def test_queries_are_bounded_and_hold_each_word_once():
 
 def test_stop_words_are_folded():
     assert "the" in stop_words() and "learning" not in stop_words() and all(word == fold(word) for word in stop_words())
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=60))
+def test_plain_text_takes_a_shorter_way_to_the_same_words(text):
+    # A character that folds to nothing sends the same text the long way.
+    assert words(text) == words(text + " \u0301") and fold(text) + " " == fold(text + " \u0301")

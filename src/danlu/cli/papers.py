@@ -41,7 +41,6 @@ _PACKAGES = (
     "pypdf",
     "nh3",
     "markdown_it",
-    "python_multipart",
 )
 
 
@@ -54,7 +53,9 @@ def serve(
         typer.Option(help="Subjects to keep up to date from the network, such as cs.AI+cs.LG; needs --contact."),
     ] = None,
     contact: Annotated[str | None, typer.Option(help="E-mail that requests to sources carry.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Workers in this process; 0: run danlu papers worker.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1, help="0: no jobs in this process; danlu papers worker does them.")
+    ] = None,
     search: Annotated[str | None, typer.Option(help="fts5, or tantivy for millions of papers.")] = None,
     config: Config = None,
     data: Data = None,
@@ -67,25 +68,24 @@ def serve(
     settings = _settings(
         config, data, database, host=host, port=port, follow=follow, contact=contact, workers=workers, search=search
     )
+    from danlu.papers.serving import listen, until_stopped
     from danlu.papers.serving import serve as run
 
-    with _site(settings) as site:
+    with until_stopped(), listen(settings.host, settings.port) as listening, _site(settings) as site:
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-        typer.echo(f"http://{shown}:{settings.port}  (data in {settings.data}; Ctrl-C stops)", err=True)
-        asyncio.run(run(site))
+        port = listening.getsockname()[1]
+        typer.echo(f"http://{shown}:{port}  (data in {settings.data}; Ctrl-C stops)", err=True)
+        run(site, listening)
 
 
 @app.command()
 def worker(config: Config = None, data: Data = None, database: Database = None) -> None:
     """Work for a site that other processes serve: polls, answers, the search index."""
     settings = _settings(config, data, database)
-    from danlu.papers.serving import run_worker
+    from danlu.papers.serving import run_worker, until_stopped
 
-    with _site(settings) as site:
-        try:
-            asyncio.run(run_worker(site))
-        except KeyboardInterrupt:
-            typer.echo("stopped; unfinished jobs are back in the queue", err=True)
+    with until_stopped(), _site(settings) as site:
+        asyncio.run(run_worker(site))
 
 
 @app.command()

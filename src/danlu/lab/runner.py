@@ -49,6 +49,9 @@ FAMILIES = (
     "quantizers",
     "qb_heat",
     "continuous",
+    "papers_ingest",
+    "papers_search",
+    "papers_answer",
 )
 
 _CLAIMS: dict[str, Claim] = {}

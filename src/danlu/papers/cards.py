@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from danlu.papers import schema
-from danlu.papers.jobs import HISTORY, Job, Queue
+from danlu.papers.jobs import HISTORY, QUEUED, RUNNING, Job, Queue
 from danlu.papers.rows import Paper
 from danlu.papers.store import Store
 
@@ -154,12 +154,28 @@ class Cards:
         with self.store.reading() as connection:
             return [(row.id, row.q, row.text) for row in connection.execute(query.order_by(table.c.id))]
 
-    def drop_chunks(self, job_id: int, q: int | None = None) -> None:
-        """Remove the chunks of a job, or of one of its questions, as when that is answered anew."""
+    def restart(self, job_id: int, q: int) -> None:
+        """Make void what was written for a question: an empty chunk says so, and the earlier ones go.
+
+        The chunk comes first: a database may give the number of a deleted last row again, and a reader who has that
+        number already would miss what bears it.
+        """
         table = schema.answer_chunk
-        where = [table.c.job_id == job_id] + ([] if q is None else [table.c.q == q])
         with self.store.writing() as connection:
-            connection.execute(table.delete().where(*where))
+            inserted = connection.execute(table.insert().values(job_id=job_id, q=q, text="")).inserted_primary_key
+            number = int(inserted[0])  # type: ignore[index]
+            connection.execute(table.delete().where(table.c.job_id == job_id, table.c.q == q, table.c.id < number))
+
+    def tidy(self, before: datetime) -> int:
+        """Remove the chunks of jobs that ended and were asked for before a time (UTC): their answers are kept whole.
+
+        Returns:
+            How many there were.
+        """
+        table, jobs = schema.answer_chunk, schema.job
+        live = select(jobs.c.id).where(jobs.c.state.in_((QUEUED, RUNNING)) | (jobs.c.created_at >= before))
+        with self.store.writing() as connection:
+            return int(connection.execute(table.delete().where(table.c.job_id.not_in(live))).rowcount)
 
     def _here(self, pk: int, version: int, lang: str) -> tuple[sa.ColumnElement[bool], ...]:
         table = schema.answer

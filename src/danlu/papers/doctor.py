@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import sqlite3
@@ -93,9 +94,9 @@ def _stored(store: Store, settings: Settings) -> Iterator[Finding]:
 def _indexed(store: Store, folder: Path, settings: Settings) -> Iterator[Finding]:
     try:
         index = open_index(folder, settings.search)
+        with contextlib.closing(index):
+            behind = count_changed(store, 0) - index.count()
     except (ValueError, ImportError, sqlite3.Error, OSError) as error:
         yield Finding("bad", "search index", f"{error}: danlu papers reindex builds it again")
         return
-    behind = count_changed(store, 0) - index.count()
-    index.close()
     yield Finding("ok" if behind <= 0 else "note", "search index", f"{settings.search}, {max(behind, 0)} papers behind")

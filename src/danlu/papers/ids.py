@@ -25,7 +25,7 @@ OLD_ARCHIVES = frozenset(
 
 _NEW = re.compile(r"([0-9]{2})([0-9]{2})\.([0-9]{4,5})(?:v([1-9][0-9]*))?\Z")
 _OLD = re.compile(r"([a-z]+(?:-[a-z]+)?)(?:\.[A-Za-z-]{2,10})?/([0-9]{2})([0-9]{2})([0-9]{3})(?:v([1-9][0-9]*))?\Z")
-_VENUE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._~-]{0,198}[A-Za-z0-9_~-])?\Z")
+_VENUE = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9._~-]{0,198}[A-Za-z0-9_~-])?\Z")
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _DOI_PREFIX = "10.48550/arxiv."
 

@@ -224,6 +224,18 @@ class Queue:
             {"state": QUEUED, "attempts": max(0, job.attempts - 1), "lease_until": None, "worker": None, "stage": ""},
         )
 
+    def again(self, job: Job, at: datetime, error_kind: str = "", error: str = "") -> None:
+        """Put a job that recurs back for its next time: it stays the one live job of its key.
+
+        Args:
+            job: that is over for now.
+            at: when it may start again, in UTC without zone.
+            error_kind: what went wrong this time, a word for programs.
+            error: likewise, a sentence.
+        """
+        values = {"state": QUEUED, "attempts": 0, "not_before": at, "lease_until": None, "worker": None, "stage": ""}
+        self._own(job, {**values, "progress": 0.0, "error_kind": error_kind, "error": error})
+
     def requeue_expired(self) -> int:
         """Put back the jobs whose worker has died; those that died too often have failed. How many there were."""
         with self.store.writing() as connection:

@@ -13,6 +13,9 @@ Kind = Literal["new", "cross", "replace"]
 #: Sources of metadata from worst to best: a field is kept from the best that has it.
 RANKS = {"rss": 1, "bibtex": 1, "generic": 1, "sample": 1, "kaggle": 2, "venue": 2, "api": 3, "oai": 3}
 
+#: Most versions that a paper may have.
+VERSIONS = 9999
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -96,6 +99,8 @@ class PaperRecord:
             value = getattr(self, name)
             if value is not None and value.tzinfo is None:
                 raise ValueError(f"{name} must carry its time zone, got {value.isoformat()}")
+        if self.version is not None and not 1 <= self.version <= VERSIONS:
+            raise ValueError(f"version must be in 1..{VERSIONS}, got {self.version}")
         if self.paper.version is not None:
             object.__setattr__(self, "paper", self.paper._replace(version=None))
 

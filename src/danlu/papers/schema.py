@@ -69,10 +69,12 @@ paper = Table(
     Column("withdrawn", Boolean, nullable=False, default=False),
     Column("extra", JSON, nullable=False),
     Column("origins", JSON, nullable=False),
+    Column("work", BigInteger),
     Column("changed", Key, nullable=False),
     UniqueConstraint("source", "ext_id"),
     Index(None, "changed"),
     Index(None, "doi"),
+    Index(None, "work"),
 )
 paper_version = Table(
     "paper_version",

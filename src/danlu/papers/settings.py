@@ -84,7 +84,7 @@ class Settings(_Strict):
     limits: LimitSettings = Field(default_factory=lambda: LimitSettings.model_validate({}))
     admin_token: SecretStr = Field(SecretStr(""), description="who sends it gets the first place in the queue")
     trusted_proxies: tuple[str, ...] = Field((), description="addresses whose X-Forwarded-For is believed")
-    workers: int = Field(1, ge=0, le=64, description="workers inside serve; 0: run them as processes of their own")
+    workers: int = Field(1, ge=0, le=1, description="1: serve does the jobs too; 0: danlu papers worker does them")
     sample: bool = Field(True, description="fill an empty database with the bundled sample")
     chat_url: str = Field(
         "",

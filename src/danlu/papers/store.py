@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, select
 
 from danlu.papers import schema
+from danlu.papers.bulk import insert
 from danlu.papers.merging import Merged, merge
 from danlu.papers.records import PaperRecord
 
@@ -143,6 +144,9 @@ def _engine(url: sa.URL) -> sa.Engine:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA busy_timeout = 30000")
+        # An import writes the same pages of its indexes again and again: they reach the file less often.
+        connection.execute("PRAGMA wal_autocheckpoint = 8000")
+        connection.execute("PRAGMA cache_size = -32000")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
@@ -166,15 +170,13 @@ def _set(connection: sa.Connection, key: str, value: int) -> None:
 
 
 def _save(connection: sa.Connection, result: Merged) -> None:
-    if result.new:
-        connection.execute(schema.paper.insert(), result.new)
+    insert(connection, schema.paper, result.new)
     if result.updated:
         changes = schema.paper.update().where(schema.paper.c.pk == sa.bindparam("key"))
         columns: dict[str, Any] = {name: sa.bindparam(name) for name in result.updated[0] if name != "key"}
         connection.execute(changes.values(columns), result.updated)
     for table, rows in result.children.items():
-        if rows:
-            connection.execute(table.insert(), rows)
+        insert(connection, table, rows)
     for table, rows in result.changed_children.items():
         if rows:
             keys = [column.name for column in table.primary_key]
@@ -182,11 +184,11 @@ def _save(connection: sa.Connection, result: Merged) -> None:
             connection.execute(
                 statement.values({name: sa.bindparam(name) for name in rows[0] if not name.startswith("key_")}), rows
             )
-    if result.gone_cats:
-        gone = schema.paper_cat.delete().where(
-            schema.paper_cat.c.cat == sa.bindparam("key_cat"), schema.paper_cat.c.pk == sa.bindparam("key_pk")
-        )
-        connection.execute(gone, result.gone_cats)
+    for table, gone in ((schema.paper_cat, result.gone_cats), (schema.listing, result.gone_listings)):
+        if gone:
+            keys = [column.name for column in table.primary_key]
+            where = [table.c[name] == sa.bindparam(f"key_{name}") for name in keys]
+            connection.execute(table.delete().where(*where), gone)
 
 
 def naive(value: datetime | None) -> datetime | None:

@@ -8,11 +8,14 @@ a repetition.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from danlu.papers.cards import Cards
 from danlu.papers.jobs import QUEUED, Job
+
+logger = logging.getLogger("danlu.papers.streams")
 
 #: Seconds between two looks at the database, and after which a silent stream says that it lives.
 LOOK, BEAT = 0.2, 15.0
@@ -61,6 +64,13 @@ class Streams:
     def __init__(self, cards: Cards, look: float = LOOK) -> None:
         self.cards, self.look = cards, look
         self._followed: dict[int, _Followed] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """End every stream where it is, as when the process stops: its readers come back and go on from there."""
+        self._closed = True
+        for followed in self._followed.values():
+            followed.tell()
 
     async def follow(self, job_id: int, after: int = 0) -> AsyncIterator[Event]:
         """The events of a job.
@@ -88,7 +98,7 @@ class Streams:
                 if followed.status is not None and followed.status != status:
                     status = followed.status
                     yield status
-                if followed.ended and told == len(followed.events):
+                if self._closed or (followed.ended and told == len(followed.events)):
                     return
                 try:
                     await asyncio.wait_for(changed.wait(), BEAT)
@@ -101,6 +111,16 @@ class Streams:
                 self._followed.pop(job_id, None)
 
     async def _watch(self, job_id: int, followed: _Followed) -> None:
+        try:
+            await self._read(job_id, followed)
+        except Exception as error:
+            # Readers must not wait for ever for a task that is gone; their browsers ask again.
+            logger.exception("job %d cannot be followed", job_id)
+            followed.status = Event("failed", {"kind": "error", "error": type(error).__name__})
+            followed.ended = True
+            followed.tell()
+
+    async def _read(self, job_id: int, followed: _Followed) -> None:
         last = 0
         while True:
             # The state first: once it says that the job has ended, every chunk is there to be read.

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-_BROKEN = re.compile(r"([^\W\d_])[-\u00ad\u2010]\n(?=[a-z\u00df-\u00ff])")
+_BROKEN = re.compile(r"([^\W\d_])[-\u2010]\n(?=[a-z\u00df-\u00f6\u00f8-\u00ff])")
 _LINE_NUMBER = re.compile(r"\s*[0-9]{1,4}\s*\Z")
 #: A line that stands on more than this share of the pages, where there are enough of them, is no part of the text.
 _REPEATED, _PAGES = 0.6, 4
@@ -36,7 +36,9 @@ def clean_pages(pages: Sequence[str]) -> tuple[str, tuple[int, ...]]:
 
 def _normal(text: str) -> str:
     """Compatible characters made one, control characters gone, line ends alike."""
-    text = unicodedata.normalize("NFKC", text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufffe", "-"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # Readers give a hyphen that only breaks a line as one of these.
+    text = unicodedata.normalize("NFKC", re.sub(r"[\u00ad\ufffe\x02](?=\s*\n)", "-", text))
     return "".join(character for character in text if character in "\n\t" or unicodedata.category(character)[0] != "C")
 
 

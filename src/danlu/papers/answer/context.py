@@ -22,7 +22,10 @@ _INSTRUCTIONS = re.compile(
     r"ignore (?:all |any |the )?(?:previous|prior|above|earlier)|"
     r"disregard (?:all |the |any )?(?:previous|prior|above|instructions)|"
     r"give (?:a |only )?(?:positive|favou?rable) review|do not (?:highlight|mention) any (?:negative|weakness)|"
-    r"as (?:a|an) (?:large )?language model|you (?:are|must|should) now|system prompt|recommend accept(?:ance|ing)",
+    r"as (?:a|an) (?:large )?language model|you (?:are|must|should) now|system prompt|recommend accept(?:ance|ing)|"
+    r"忽略(?:之前|以上|上述|前面)的?(?:所有|一切)?(?:指令|指示|提示|内容)|给出(?:积极|正面|好)的?评".replace(
+        " ", r"\s+"
+    ),
     re.IGNORECASE,
 )
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,11 +20,27 @@ import httpx2
 
 from danlu.papers.answer import context, pdf, questions
 from danlu.papers.answer.keys import digest
-from danlu.papers.answer.types import EngineRefused, EngineUnavailable, History, PaperText, Piece, Question, TooLong
+from danlu.papers.answer.types import (
+    EngineRefused,
+    EngineUnavailable,
+    History,
+    PaperText,
+    Piece,
+    Question,
+    Section,
+    TooLong,
+)
 from danlu.papers.net.policy import ENDPOINTS, Policy, parse_retry_after
 
+logger = logging.getLogger("danlu.papers.answer")
+
+VERSION = 1
 #: Tokens of one answer, and those left free for what the count of tokens cannot know.
 OUTPUT, MARGIN = 2000, 256
+#: Characters and seconds after which an answer is cut off, whatever the endpoint thinks of ``max_tokens``.
+_CHARACTERS, _SECONDS = 8 * OUTPUT, 900.0
+#: Share of the room that a paper may take when the endpoint says that our count of its tokens was too low.
+_TIGHTER = 0.6
 _RETRY = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 Message = dict[str, str]
 
@@ -53,7 +71,7 @@ class EndpointEngine:
         route: bool = True,
     ) -> None:
         self.url, self.model, self.tokens, self.policy, self.route = url.rstrip("/"), model, tokens, policy, route
-        self.parameters = dict(parameters or {})
+        self.parameters, self._key = dict(parameters or {}), key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.AsyncClient(
             headers=headers, timeout=httpx2.Timeout(30.0, read=120.0), follow_redirects=False
@@ -66,7 +84,7 @@ class EndpointEngine:
 
     def key(self) -> str:
         """A hash of everything that changes its answers."""
-        parts = (self.model, self.tokens, self.parameters, self.route)
+        parts = (VERSION, self.model, self.tokens, self.parameters, self.route)
         return digest(self.name, *parts, questions.VERSION, pdf.VERSION)
 
     async def close(self) -> None:
@@ -81,59 +99,89 @@ class EndpointEngine:
             EngineRefused: a wrong key, an unknown model, a refused request.
             EngineUnavailable: the endpoint cannot be reached or broke off too often.
         """
-        messages = await self._messages(paper, question, history)
+        for share in (1.0, _TIGHTER):
+            said = False
+            try:
+                async for piece in self._answer(paper, question, history, share):
+                    said = said or bool(piece.text)
+                    yield piece
+                return
+            except TooLong:
+                if said or not self.route or share == _TIGHTER:
+                    raise
+
+    async def _answer(
+        self, paper: PaperText, question: Question, history: History, share: float
+    ) -> AsyncIterator[Piece]:
+        messages, spent = await self._messages(paper, question, history, share)
+        if spent:
+            yield Piece("", tokens=spent)
         async for piece in self._stream(messages):
             yield piece
 
-    async def _messages(self, paper: PaperText, question: Question, history: History) -> list[Message]:
+    async def _messages(
+        self, paper: PaperText, question: Question, history: History, share: float
+    ) -> tuple[list[Message], int]:
+        """What to ask for an answer, and tokens spent on finding that out."""
         whole = context.body(paper)
-        if self._fits(whole, 6 * OUTPUT):
+        if self._fits(whole, 6 * OUTPUT, share):
             start = self._opening(question, whole)
             for earlier, answered in history:
                 start += [_said("user", earlier.text), _said("assistant", answered)]
-            return [*start, _said("user", question.text)]
+            return [*start, _said("user", question.text)], 0
         if not self.route:
             needed = context.count_tokens(whole)
             raise TooLong(f"the paper has about {needed} tokens, the model reads {self.tokens} at once")
         sections = context.routed(paper, question)
         part = context.body(paper, sections)
-        if self._fits(part, OUTPUT):
-            return [*self._opening(question, part), _said("user", question.text)]
-        evidence = []
-        for window in context.windows(paper, sections, self.tokens // 2):
-            asked = [*self._opening(question, window), _said("user", questions.evidence_prompt(question))]
-            text = await self._whole(asked, min(OUTPUT, self.tokens // 4))
-            if text.strip().rstrip(".").upper() != "NONE":
-                evidence.append(text.strip())
+        if self._fits(part, OUTPUT, share):
+            return [*self._opening(question, part), _said("user", question.text)], 0
+        evidence, spent = await self._evidence(paper, question, sections, share)
         found = "\n".join(evidence)
-        while not self._fits(found, OUTPUT):
-            found = found[: int(len(found) * 0.8)]
-        return [*self._opening(question, found or "(no evidence was found)"), _said("user", question.text)]
+        while not self._fits(found, OUTPUT, share):
+            # The longest gives way, so that a talkative window does not push out those behind it.
+            longest = max(range(len(evidence)), key=lambda index: len(evidence[index]))
+            evidence[longest] = evidence[longest][: int(len(evidence[longest]) * 0.8)]
+            found = "\n".join(evidence)
+        asked = [*self._opening(question, found or "(no evidence was found)"), _said("user", question.text)]
+        return asked, spent
 
-    async def _whole(self, messages: list[Message], output: int) -> str:
-        text = ""
-        async for piece in self._stream(messages, output):
-            text = piece.text if piece.restart else text + piece.text
-        return text
+    async def _evidence(
+        self, paper: PaperText, question: Question, sections: Sequence[Section], share: float
+    ) -> tuple[list[str], int]:
+        """What each window of a paper says to a question, and the tokens that it took."""
+        prompt, output = questions.evidence_prompt(question), min(OUTPUT, self.tokens // 4)
+        fixed = context.count_tokens(questions.system_prompt(question.lang)) + context.count_tokens(prompt)
+        room = min(self.tokens // 2, self.tokens - output - fixed - 32)
+        evidence, spent = [], 0
+        for window in context.windows(paper, sections, max(32, int(share * room))):
+            asked = [*self._opening(question, window), _said("user", prompt)]
+            text = ""
+            async for piece in self._stream(asked, output):
+                text = piece.text if piece.restart else text + piece.text
+                spent += piece.tokens
+            if text.strip().strip(".[]").upper() != "NONE":
+                evidence.append(text.strip())
+        return evidence, spent
 
     def _opening(self, question: Question, text: str) -> list[Message]:
         return [_said("system", questions.system_prompt(question.lang)), _said("user", context.delimited(text))]
 
-    def _fits(self, text: str, output: int) -> bool:
+    def _fits(self, text: str, output: int, share: float) -> bool:
         room = self.tokens - min(output, self.tokens // 3) - MARGIN
-        return context.count_tokens(text) <= room
+        return context.count_tokens(text) <= share * room
 
     async def _stream(self, messages: list[Message], output: int = OUTPUT) -> AsyncIterator[Piece]:
         """One answer, handed on as it comes; a stream that breaks is asked for again from its start."""
         request = {**self.parameters, "model": self.model, "messages": messages, "stream": True}
         request.setdefault("max_tokens", min(output, max(64, self.tokens // 3)))
         request["stream_options"] = {"include_usage": True}
-        attempts, waited, said = 0, 0.0, False
+        attempts, waited, said = 0, 0.0, ""
         while True:
             attempts += 1
             try:
                 async for piece in self._request(request, messages):
-                    said = said or bool(piece.text)
+                    said += piece.text
                     yield piece
                 return
             except EngineUnavailable as error:
@@ -144,17 +192,20 @@ class EndpointEngine:
                 waited += wait
                 await asyncio.sleep(wait)
                 if said:
-                    said = False
-                    yield Piece("", restart=True)
+                    # What broke off was read and written all the same.
+                    yield Piece("", tokens=_counted(messages, said), restart=True)
+                    said = ""
 
     async def _request(self, request: dict[str, Any], messages: list[Message]) -> AsyncIterator[Piece]:
-        said, used, ended = "", 0, False
+        said, used, ended, began = "", 0, False, time.monotonic()
         try:
             async with self._client.stream("POST", f"{self.url}/chat/completions", json=request) as response:
                 if response.status_code != 200:
                     await response.aread()
-                    raise _refusal(response)
+                    raise _refusal(response, self._key)
                 async for line in response.aiter_lines():
+                    if time.monotonic() - began > _SECONDS:
+                        break
                     if not line.startswith("data:"):
                         continue
                     data = line[5:].strip()
@@ -166,14 +217,22 @@ class EndpointEngine:
                     if text:
                         said += text
                         yield Piece(text)
-        except (httpx2.TransportError, httpx2.InvalidURL, OSError) as error:
+                    if len(said) > _CHARACTERS:
+                        ended = True
+                        break
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+            raise EngineRefused("the endpoint has no valid address: check engine.url") from error
+        except (httpx2.HTTPError, OSError) as error:
             raise EngineUnavailable(f"the endpoint cannot be reached: {type(error).__name__}") from error
         if not ended:
             raise EngineUnavailable("the endpoint broke off in the middle of an answer")
         if not said.strip():
             raise EngineUnavailable("the endpoint gave an empty answer")
-        counted = sum(context.count_tokens(message["content"]) for message in messages) + context.count_tokens(said)
-        yield Piece("", tokens=used or counted)
+        yield Piece("", tokens=used or _counted(messages, said))
+
+
+def _counted(messages: list[Message], said: str) -> int:
+    return sum(context.count_tokens(message["content"]) for message in messages) + context.count_tokens(said)
 
 
 def _said(role: str, content: str) -> Message:
@@ -192,7 +251,7 @@ def _delta(data: str) -> tuple[str, int, bool]:
         raise EngineUnavailable("the endpoint sent something that is not an event of the protocol") from error
 
 
-def _refusal(response: httpx2.Response) -> EngineRefused | EngineUnavailable | TooLong:
+def _refusal(response: httpx2.Response, key: str) -> EngineRefused | EngineUnavailable | TooLong:
     status = response.status_code
     try:
         message = str(response.json()["error"]["message"])[:200]
@@ -202,5 +261,8 @@ def _refusal(response: httpx2.Response) -> EngineRefused | EngineUnavailable | T
         wait = parse_retry_after(response.headers.get("retry-after"), datetime.now(UTC), 600.0)
         return EngineUnavailable(f"the endpoint answered with status {status}", wait)
     if status in (400, 413) and any(word in message.lower() for word in ("context", "too long", "maximum", "tokens")):
-        return TooLong(f"the endpoint says that the paper is too long: {message}")
-    return EngineRefused(f"the endpoint refused (status {status}): {message}")
+        return TooLong("the endpoint says that the paper is too long for it")
+    # Readers see why; the words of the endpoint, which may hold the key or an account, are for the operator.
+    logger.error("the endpoint refused with status %d: %s", status, message.replace(key, "***") if key else message)
+    reasons = {401: "its key is not valid", 403: "its key may not do this", 404: "it does not know the model"}
+    return EngineRefused(f"the endpoint refused: {reasons.get(status, f'it answered with status {status}')}")

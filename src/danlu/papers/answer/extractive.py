@@ -8,9 +8,11 @@ is, and how much of it has been said already.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from danlu.papers.answer import pdf, questions
 from danlu.papers.answer.keys import digest
@@ -23,6 +25,11 @@ VERSION = 1
 SENTENCES, WORDS = 6, 120
 _LEAST = 3
 _BM25_K1, _BM25_B = 1.2, 0.75
+#: What Markdown would take for its own, outside formulas: a quote is shown as it stands in the paper.
+_FORMULA = re.compile(r"(\$[^$\n]+\$)")
+_MARKUP = re.compile(r"[`*~|]|(?<![^\W_])_|_(?![^\W_])|^#|^[-+>](?=\s)|(?<=^[0-9])[.)](?=\s)|(?<=^[0-9]{2})[.)](?=\s)")
+#: These by their number: behind a backslash they would begin a formula, or still be a link.
+_NUMBERED = str.maketrans({character: f"&#{ord(character)};" for character in "\\[&<"})
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class ExtractiveEngine:
             text for asked, answer in history for text in _quoted(answer) if (asked.number, question.number) == (1, 6)
         }
         chosen = select(paper, question, used)
-        if not chosen and not sentences(paper):
+        if not chosen and not _quotable(paper):
             raise NoText("the paper has no sentence to quote")
         if not chosen:
             yield Piece(_NOTHING[question.lang])
@@ -130,7 +137,7 @@ def select(paper: PaperText, question: Question, used: Iterable[str] = ()) -> li
         Three to six sentences of at most 120 words together; fewer where the paper has no more.
     """
     said = set(used)
-    pool = [each for each in sentences(paper) if spoken(paper.text[each.start : each.end]) not in said]
+    pool = [each for each in _quotable(paper) if spoken(paper.text[each.start : each.end]) not in said]
     if not pool:
         return []
     worth = _worth(paper, pool, question)
@@ -138,16 +145,39 @@ def select(paper: PaperText, question: Question, used: Iterable[str] = ()) -> li
 
 
 def spoken(text: str) -> str:
-    """A sentence on one line, as answers show it."""
-    return " ".join(text.split())
+    """A sentence on one line, as answers show it: in Markdown that means nothing but itself."""
+    parts = _FORMULA.split(" ".join(text.split()))
+    return "".join(
+        part if place % 2 else _MARKUP.sub(r"\\\g<0>", part.translate(_NUMBERED)) for place, part in enumerate(parts)
+    )
+
+
+def relevance(texts: Sequence[str], question: Question) -> list[float]:
+    """How well the words of each text fit a question, in 0..1.
+
+    Args:
+        texts: at least one.
+        question: of the six.
+    """
+    pool = [tuple(words(text)) for text in texts]
+    return bm25(pool, [*words(_GUIDES[question.number].terms), *_telling(question.text)])
+
+
+@lru_cache(maxsize=2)
+def _quotable(paper: PaperText) -> tuple[Sentence, ...]:
+    """Sentences that fit into an answer; kept for the other questions about the same paper."""
+    return tuple(sentence for sentence in sentences(paper) if len(sentence.words) <= WORDS)
+
+
+def _telling(text: str) -> list[str]:
+    return [word for word in words(text) if word not in stop_words()]
 
 
 def _worth(paper: PaperText, pool: Sequence[Sentence], question: Question) -> list[float]:
     guide = _GUIDES[question.number]
-    title = [word for word in words(paper.title) if word not in stop_words()]
     central = _centrality(pool)
-    terms = [*words(guide.terms), *title, *(word for word in words(question.text) if word not in stop_words())]
-    matched = _bm25(pool, terms)
+    terms = [*words(guide.terms), *_telling(paper.title), *_telling(question.text)]
+    matched = bm25([sentence.words for sentence in pool], terms)
     found = []
     for sentence, score, centre in zip(pool, matched, central, strict=True):
         prior = guide.roles.get(sentence.section.role, _ANY if sentence.section.role != "appendix" else 0.0)
@@ -163,7 +193,10 @@ def _spread(pool: Sequence[Sentence], worth: Sequence[float]) -> list[Sentence]:
     left = set(range(len(pool)))
     chosen: list[int] = []
     total = 0
-    while left and len(chosen) < SENTENCES:
+    while len(chosen) < SENTENCES:
+        left = {index for index in left if total + len(pool[index].words) <= WORDS}
+        if not left:
+            break
 
         def value(index: int) -> float:
             own = bags[index]
@@ -171,26 +204,28 @@ def _spread(pool: Sequence[Sentence], worth: Sequence[float]) -> list[Sentence]:
             return worth[index] - 0.5 * overlap
 
         best = max(left, key=lambda index: (value(index), -index))
-        left.remove(best)
-        length = len(pool[best].words)
-        if chosen and total + length > WORDS:
-            continue
         if len(chosen) >= _LEAST and value(best) < 0.6 * worth[chosen[0]]:
             break
+        left.remove(best)
         chosen.append(best)
-        total += length
+        total += len(pool[best].words)
     return [pool[index] for index in chosen]
 
 
-def _bm25(pool: Sequence[Sentence], terms: Iterable[str]) -> list[float]:
-    """BM25 of each sentence for the terms, scaled to 0..1."""
+def bm25(pool: Sequence[Sequence[str]], terms: Iterable[str]) -> list[float]:
+    """BM25 of each text for the terms, scaled to 0..1.
+
+    Args:
+        pool: the words of each text; at least one text.
+        terms: to look for.
+    """
     wanted = set(terms)
-    counts = [Counter(word for word in sentence.words if word in wanted) for sentence in pool]
+    counts = [Counter(word for word in own if word in wanted) for own in pool]
     frequency = Counter(term for count in counts for term in count)
-    mean = sum(len(sentence.words) for sentence in pool) / len(pool)
+    mean = max(1.0, sum(len(own) for own in pool) / len(pool))
     scores = []
-    for sentence, count in zip(pool, counts, strict=True):
-        norm = _BM25_K1 * (1 - _BM25_B + _BM25_B * len(sentence.words) / mean)
+    for own, count in zip(pool, counts, strict=True):
+        norm = _BM25_K1 * (1 - _BM25_B + _BM25_B * len(own) / mean)
         scores.append(
             sum(
                 math.log(1 + (len(pool) - frequency[term] + 0.5) / (frequency[term] + 0.5))

@@ -10,20 +10,31 @@ Source: Scientific Spaces archive 9617.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 from danlu.papers.answer import context, pdf, questions
+from danlu.papers.answer.extractive import relevance
 from danlu.papers.answer.keys import digest
 from danlu.papers.answer.types import EngineRefused, History, PaperText, Piece, Question
+
+logger = logging.getLogger("danlu.papers.answer")
 
 VERSION = 1
 #: Tokens of an answer, and of the longest one that a short context leaves room for, as a share of it.
 OUTPUT, SHARE = 300, 0.25
-#: Contexts read side by side, at most.
+#: Contexts read side by side, at most: time and memory grow with them at every token.
 CONTEXTS = 16
+#: A model that reads less than this is told the short version of its task.
+_SHORT = 1024
+#: Sections whose own answer begins like this have nothing to say, and are the surest of it.
+_REFUSALS = {
+    "en": (" I cannot", "I cannot", " The paper does not", "The paper does not", " Sorry", "Sorry"),
+    "zh": ("无法", "对不起", "抱歉", "论文没有"),
+}
 BETA, ETA, TOP_P = 0.25, 0.1, 0.95
 
 
@@ -42,7 +53,7 @@ class LocalEngine:
         self.label = model if isinstance(model, str) else type(model).__name__
         self.beta = beta
         self._model, self._tokenizer = model, tokenizer
-        self._reader: Any = None
+        self._readers: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def key(self) -> str:
@@ -52,7 +63,8 @@ class LocalEngine:
 
     async def close(self) -> None:
         """Give the memory back."""
-        self._reader = self._model = None
+        self._readers.clear()
+        self._model = None
 
     async def answer(self, paper: PaperText, question: Question, history: History) -> AsyncIterator[Piece]:
         """Read the sections that matter side by side, and write the answer token by token.
@@ -81,7 +93,9 @@ class LocalEngine:
             with self._lock:
                 self._generate(paper, question, pieces, stop)
         except Exception as error:
-            pieces.put(EngineRefused(f"the local model cannot answer: {type(error).__name__}: {error}"[:300]))
+            # Readers see the kind alone: the words may name files of this machine.
+            logger.exception("the local model cannot answer")
+            pieces.put(EngineRefused(f"the local model cannot answer: {type(error).__name__}"))
         else:
             pieces.put(None)
 
@@ -92,13 +106,8 @@ class LocalEngine:
         tokenizer = reader.layout.tokenizer
         limit = reader.max_length
         new = OUTPUT if limit is None else min(OUTPUT, max(8, int(limit * SHARE)))
-        parts = []
-        for section in context.routed(paper, question):
-            text = paper.text[section.start : section.end].strip()
-            if text:
-                parts.append(f"Section {section.title}:\n{text}")
         room = reader.room_for(question.text, new)
-        prepared = reader.prepare(parts[:CONTEXTS] or [paper.text], split=True, room=room)
+        prepared = reader.prepare(self.contexts(reader, paper, question, room), split=True, room=room)
 
         class Stopped(StoppingCriteria):
             def __call__(self, input_ids: Any, scores: Any, **rest: Any) -> bool:
@@ -113,19 +122,59 @@ class LocalEngine:
             release=True,
         )
 
-    def _load(self, lang: str) -> Any:
-        if self._reader is None:
-            from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+    @staticmethod
+    def contexts(reader: Any, paper: PaperText, question: Question, room: int) -> list[str]:
+        """What is read side by side: the sections that matter, cut so that each fits behind its own heading.
 
-            model, tokenizer = self._model, self._tokenizer
-            if isinstance(model, str):
+        Args:
+            reader: that will read them.
+            paper: of which.
+            question: that is asked.
+            room: tokens kept free for question and answer.
+
+        Returns:
+            In the order of the paper; where there are more than are read, those whose words fit the question best.
+        """
+        from danlu.context.documents import split_text
+
+        limit, found = reader.max_length, []
+        for section in context.routed(paper, question):
+            text = paper.text[section.start : section.end].strip()
+            heading = f"Section {section.title}:\n"
+            if limit is None:
+                found.append(heading + text)
+                continue
+            free = max(8, limit - len(reader.layout.head) - room - len(reader.layout.encode(heading, "heading")) - 2)
+            spans = split_text(text, free, lambda part: len(reader.layout.encode(part, "part")))
+            found += [heading + text[start:end] for start, end in spans]
+        if len(found) > CONTEXTS:
+            fit = relevance(found, question)
+            best = sorted(range(len(found)), key=lambda index: -fit[index])[:CONTEXTS]
+            found = [found[index] for index in sorted(best)]
+        return found
+
+    def _load(self, lang: str) -> Any:
+        if lang not in self._readers:
+            from danlu.context.naive_bayes.contexts import NaiveBayesContexts
+            from danlu.context.naive_bayes.select import Selection
+
+            if isinstance(self._model, str):
                 from danlu.hosts.loading import load_causal_lm
 
-                model, tokenizer = load_causal_lm(model)
-            self._reader = NaiveBayesContexts(
-                model, tokenizer, beta=self.beta, eta=ETA, top_p=TOP_P, prefix=questions.system_prompt(lang)
+                self._model, self._tokenizer = load_causal_lm(self._model)
+            config = getattr(self._model, "config", None)
+            length = getattr(config, "max_position_embeddings", None)
+            prefix = questions.system_prompt(lang, short=length is not None and length < _SHORT)
+            self._readers[lang] = NaiveBayesContexts(
+                self._model,
+                self._tokenizer,
+                beta=self.beta,
+                eta=ETA,
+                top_p=TOP_P,
+                prefix=prefix,
+                selection=Selection(refusals=_REFUSALS[lang]),
             )
-        return self._reader
+        return self._readers[lang]
 
 
 class _Streamer:
@@ -135,11 +184,14 @@ class _Streamer:
         self.tokenizer, self.pieces = tokenizer, pieces
         self.tokens: list[int] = []
         self.given = 0
+        self.prompt = True
 
     def put(self, value: Any) -> None:
-        """Take the next tokens."""
-        self.tokens += value.reshape(-1).tolist()
-        self._give(final=False)
+        """Take the next tokens; the first that come are the prompt."""
+        if not self.prompt:
+            self.tokens += value.reshape(-1).tolist()
+            self._give(final=False)
+        self.prompt = False
 
     def end(self) -> None:
         """Take the rest."""

@@ -6,6 +6,7 @@ It prints JSON: the text of each page, and how many pages there are.
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"] + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A document can bring a reader to complain for ever, and whoever waits for this process keeps what it says.
+    logging.disable(logging.CRITICAL)
     try:
         total, pages = _pdfium(path) if reader == "pdfium" else _pypdf(path)
         found: list[str] = []

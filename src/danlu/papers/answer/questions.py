@@ -41,6 +41,7 @@ _SYSTEM = {
         "列举要点时使用 Markdown。如果论文没有回答某个问题，请直接说明。"
     ),
 }
+_SHORT = {"en": "Answer from this part of a paper alone.", "zh": "请只根据论文的这一部分回答。"}
 _EVIDENCE = {
     "en": (
         "Copy from this part of the paper the sentences that help to answer the question, one a line, each with its "
@@ -69,9 +70,9 @@ def questions(lang: str = "en") -> tuple[Question, ...]:
     return tuple(Question(number, text, lang) for number, text in enumerate(_QUESTIONS[lang], 1))
 
 
-def system_prompt(lang: str) -> str:
-    """What a model is told before it sees the paper."""
-    return _SYSTEM[lang]
+def system_prompt(lang: str, short: bool = False) -> str:
+    """What a model is told before it sees the paper; in one sentence for a model that reads little at once."""
+    return (_SHORT if short else _SYSTEM)[lang]
 
 
 def evidence_prompt(question: Question) -> str:

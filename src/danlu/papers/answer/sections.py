@@ -30,7 +30,15 @@ _KNOWN = re.compile(
 _NUMBERED = re.compile(
     r"((?:[0-9]{1,2}(?:\.[0-9]{1,2}){0,2}\.?|[IVX]{1,5}\.|[A-Z](?:\.[0-9]{1,2}){0,2}\.))\s+(\S.{0,78})\Z"
 )
-_RUN_IN = re.compile(r"(abstract|摘要)\s*[—–:.\-]\s*(?=\S)", re.IGNORECASE)
+#: "Abstract—We show", but not "abstract-level".
+RUN_IN = re.compile(r"(Abstract|ABSTRACT|摘要)\s*(?:[—–:.]\s*|-\s*(?=[A-Z])|-\s+)(?=\S)")
+#: Small capitals come apart: "I NTRODUCTION".
+_APART = re.compile(r"\b([A-Z]) (?=[A-Z]{2,}\b)")
+_NUMBER = re.compile(r"(?:[0-9]{1,2}(?:\.[0-9]{1,2})*\.?|[IVX]{1,5}\.|[A-Z](?:\.[0-9]{1,2})*\.)\s+")
+#: Numbers of subsections: "3.1", and the letters that are no Roman numbers of sections.
+_BELOW = re.compile(r"[0-9]{1,2}\.[0-9]|[A-HJ-UW]\.\s")
+#: A list of references is longer than this; shorter ones are lines of a table of contents.
+_REFERENCES = 200
 _VERB = re.compile(
     r"\b(?:is|are|was|were|be|been|has|have|had|does|do|did|can|could|will|would|may|might|should|must|used|uses|use|shows?|"
     r"gives?|takes?|took|per|trained|achieves?|outperforms?)\b"
@@ -45,7 +53,8 @@ _WINDOW = 6000
 
 def role_of(title: str) -> str:
     """The part that a section plays, from its title."""
-    bare = re.sub(r"^[\s0-9IVX.A-Z]{0,8}(?=[.\s])[.\s]+", "", title).strip().lower() or title.lower()
+    whole = _APART.sub(r"\1", title.strip())
+    bare = _NUMBER.sub("", whole, count=1).lower() or whole.lower()
     for role, pattern in _ROLES:
         if re.match(rf"(?:{pattern})", bare):
             return role
@@ -62,11 +71,12 @@ def heading(line: str) -> str | None:
     the titles that every paper uses. "2 GPUs were used" and "3.2 seconds per step" are not, nor are captions and lines
     of a table of contents.
     """
-    text = line.strip()
+    found = line.strip()
+    text = _APART.sub(r"\1", found)
     if not text or len(text) > _LINE or "...." in text or ". . ." in text or re.search(r"\s[0-9]+\Z", text):
         return None
     if _KNOWN.match(text):
-        return text
+        return found if text[0].isupper() or not text.isascii() else None
     match = _NUMBERED.match(text)
     if match is None:
         return None
@@ -79,9 +89,9 @@ def heading(line: str) -> str | None:
     if letters < 0.6 * len(title.replace(" ", "")) or _VERB.search(title) or _OTHER.match(title):
         return None
     # Four letters at least: "3 M" and "2 GPUs" are numbers of something.
-    if letters < 4 or (title.split()[0].isupper() and len(title.split()) == 1 and not title.isupper()):
+    if title.isascii() and (letters < 4 or re.fullmatch(r"[A-Z]{2,}s", title)):
         return None
-    return text
+    return found
 
 
 def split(text: str, page_starts: tuple[int, ...] = ()) -> tuple[Section, ...]:
@@ -98,14 +108,18 @@ def split(text: str, page_starts: tuple[int, ...] = ()) -> tuple[Section, ...]:
     place = 0
     for line in text.splitlines(keepends=True):
         found = heading(line)
-        run_in = _RUN_IN.match(line.lstrip()) if found is None else None
+        run_in = RUN_IN.match(line.lstrip()) if found is None else None
         if found is not None:
             marks.append((place, found))
         elif run_in is not None:
             marks.append((place, run_in.group(1).capitalize()))
         place += len(line)
     if sum(role_of(title) != "references" for _, title in marks) < 2:
-        return _windows(text, page_starts)
+        lists = [start for start, title in marks if role_of(title) == "references"]
+        if not lists:
+            return _windows(text, len(text), page_starts)
+        references = _section("References", "references", lists[-1], len(text), page_starts)
+        return (*_windows(text, lists[-1], page_starts), references)
     if marks[0][0] > 0:
         marks.insert(0, (0, "Front"))
     ends = [start for start, _ in marks[1:]] + [len(text)]
@@ -119,7 +133,7 @@ def split(text: str, page_starts: tuple[int, ...] = ()) -> tuple[Section, ...]:
         )
         if behind_references and role not in ("references", "acknowledgements"):
             role = "appendix"
-        behind_references = behind_references or role == "references"
+        behind_references = behind_references or (role == "references" and end - start > _REFERENCES)
         found_roles.append(_section(title, role, start, end, page_starts))
     return tuple(_inherit(found_roles))
 
@@ -129,8 +143,7 @@ def _inherit(sections: list[Section]) -> list[Section]:
     result: list[Section] = []
     held = "other"
     for section in sections:
-        number = re.match(r"[0-9]{1,2}(\.[0-9])?", section.title)
-        below = number is not None and number.group(1) is not None
+        below = section.role != "appendix" and _BELOW.match(section.title) is not None
         if not below:
             held = section.role
         role = held if below and section.role == "other" else section.role
@@ -146,15 +159,15 @@ def _inherit(sections: list[Section]) -> list[Section]:
     return result
 
 
-def _windows(text: str, page_starts: tuple[int, ...]) -> tuple[Section, ...]:
+def _windows(text: str, last: int, page_starts: tuple[int, ...]) -> tuple[Section, ...]:
     sections: list[Section] = []
     start = 0
-    while start < len(text):
-        end = min(start + _WINDOW, len(text))
-        if end < len(text):
+    while start < last:
+        end = min(start + _WINDOW, last)
+        if end < last:
             stop = text.rfind("\n", start + _WINDOW // 2, end)
             end = stop + 1 if stop > 0 else end
-        role = "introduction" if start == 0 else "conclusion" if end == len(text) else "other"
+        role = "introduction" if start == 0 else "conclusion" if end == last else "other"
         sections.append(_section(f"Part {len(sections) + 1}", role, start, end, page_starts))
         start = end
     return tuple(sections)

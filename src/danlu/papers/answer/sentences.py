@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from danlu.papers.answer.sections import RUN_IN
 from danlu.papers.answer.types import PaperText, Section
 from danlu.papers.tokens import words
 
@@ -36,7 +37,7 @@ def sentences(paper: PaperText, roles: frozenset[str] | None = None) -> list[Sen
     for section in paper.sections:
         if (
             section.role in ("references", "acknowledgements")
-            or section.title == "Front"
+            or (section.title == "Front" and section.role != "abstract")
             or (roles is not None and section.role not in roles)
         ):
             continue
@@ -48,18 +49,22 @@ def sentences(paper: PaperText, roles: frozenset[str] | None = None) -> list[Sen
 
 
 def _body(text: str, section: Section) -> tuple[int, int]:
-    """A section without its heading."""
+    """A section without its heading, be that a line of its own or the word that its first sentence follows."""
     start = section.start
     line_end = text.find("\n", start, section.end)
     first = text[start : line_end if line_end >= 0 else section.end].strip()
-    return (line_end + 1 if line_end >= 0 and first == section.title else start), section.end
+    if line_end >= 0 and first == section.title:
+        return line_end + 1, section.end
+    run_in = RUN_IN.match(text, start, section.end)
+    return (run_in.end() if run_in else start), section.end
 
 
 def _spans(text: str, start: int, end: int) -> list[tuple[int, int]]:
     spans = []
     place = start
     for match in _END.finditer(text, start, end):
-        if _ABBREVIATION.search(text[place : match.end()].rstrip()):
+        # Only the end is looked at: a text full of initials would otherwise be read once for each of them.
+        if match.group() == "." and _ABBREVIATION.search(text, max(place, match.start() - 12), match.end()):
             continue
         spans.append((place, match.end()))
         place = match.end()

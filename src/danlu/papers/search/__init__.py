@@ -20,7 +20,7 @@ def open_index(folder: Path, engine: Literal["fts5", "tantivy"] = "fts5") -> Ind
         engine: ``fts5`` needs nothing; ``tantivy`` needs the package of that name.
 
     Raises:
-        ValueError: an unknown engine, or an index that this version cannot read.
+        ValueError: an unknown engine.
         ImportError: the package is missing.
     """
     if engine == "fts5":

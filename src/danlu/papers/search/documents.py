@@ -14,6 +14,7 @@ from danlu.papers.store import Store
 from danlu.papers.tokens import fold, words
 
 _BATCH = 2000
+_KEY_BITS = 32
 _SECOND_NAMES = {**ALIASES, **{shown: second for second, shown in ALIASES.items()}}
 
 
@@ -37,6 +38,21 @@ class Document:
     categories: tuple[str, ...]
     venues: tuple[str, ...]
     branches: tuple[str, ...]
+
+    @property
+    def place(self) -> int:
+        """A number that grows with the day and, on one day, with the key: newest first is its falling order."""
+        return placed(self.day, self.pk)
+
+
+def placed(day: int, pk: int = 0) -> int:
+    """The place of a paper of this day; see `key_at`."""
+    return day << _KEY_BITS | pk
+
+
+def key_at(place: int) -> int:
+    """The key of the paper at a place."""
+    return place & (1 << _KEY_BITS) - 1
 
 
 def latest_change(store: Store) -> int:
@@ -67,6 +83,11 @@ def changed(store: Store, after: int) -> Iterator[list[Document]]:
         place = (rows[-1]["changed"], rows[-1]["pk"])
 
 
+def venue_name(text: str) -> str:
+    """Name of a venue as it is compared: letters and digits of any case, accents removed, and the signs of names."""
+    return " ".join("".join(c if c.isalnum() or c in ".-/&+" else " " for c in fold(text)).split()).strip(". ")
+
+
 def _venues(connection: sa.Connection, keys: list[int]) -> dict[int, tuple[str, ...]]:
     held, place = schema.venue, schema.venue_paper
     query = (
@@ -76,7 +97,7 @@ def _venues(connection: sa.Connection, keys: list[int]) -> dict[int, tuple[str, 
     )
     found: dict[int, tuple[str, ...]] = {}
     for pk, name, year in connection.execute(query):
-        folded = fold(name)
+        folded = venue_name(name)
         found[pk] = (*found.get(pk, ()), folded, f"{folded}.{year}")
     return found
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from danlu.papers.rows import Paper
+from danlu.papers.search.documents import latest_change
+from danlu.papers.search.generations import Generations
 from danlu.papers.search.keywords import Keyword, weigh
 from danlu.papers.search.query import Query, parse_query, query_of
 from danlu.papers.store import Store
+from danlu.papers.tokens import query_words
 
 Sort = Literal["relevance", "date"]
 Branch = Literal["arxiv", "venue"]
 #: Most results of a search.
 LIMIT = 1000
+#: Seconds that an update waits for another one.
+WAIT = 10.0
 #: Called with papers done and papers in all.
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
+logger = logging.getLogger("danlu.papers.search")
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,70 @@ class Index(ABC):
     A paper's branch is ``arxiv`` if it comes from there and ``venue`` if it was published at one; it may be in both.
     """
 
-    @abstractmethod
+    #: Errors of a reader whose files have just been swapped.
+    _gone: tuple[type[Exception], ...]
+
+    def __init__(self, folder: Path) -> None:
+        self._generations = Generations(folder)
+        if self._generations.current() is None:
+            with self._generations.turn(WAIT) as ours:
+                if ours and self._generations.current() is None:
+                    with self._generations.fresh() as made:
+                        self._create(made)
+        if self._generations.current() is None:
+            raise OSError(f"another process has kept {folder} for {WAIT:.0f} seconds: try again when it is done")
+
+    @property
+    def path(self) -> Path:
+        """The folder of the files as they are now; a rebuild moves to another."""
+        found = self._generations.current()
+        if found is None:
+            raise FileNotFoundError(f"the index in {self._generations.folder} is gone: open it again")
+        return found
+
     def update(self, store: Store, progress: Progress | None = None) -> int:
-        """Catch up with the database; how many papers were read. Processes take turns, readers are not held up."""
+        """Catch up with the database; how many papers were read.
+
+        Threads and processes take turns, and readers are not held up. Where another one is still at it after some
+        seconds, this one leaves the work to it. An index that is ahead of the database belongs to another one, or to
+        an earlier state of it, and is built again.
+        """
+        with self._generations.turn(WAIT) as ours:
+            if not ours:
+                logger.info("another process is catching up")
+                return 0
+            if self._change() > latest_change(store):
+                logger.warning("the search index is ahead of the database: it is built again")
+                return self._build(store, progress)
+            return self._catch_up(self.path, store, progress)
+
+    def rebuild(self, store: Store, progress: Progress | None = None) -> int:
+        """Build again from nothing and swap at the end; how many papers were read.
+
+        Raises:
+            TimeoutError: another process is writing.
+        """
+        with self._generations.turn(6 * WAIT) as ours:
+            if not ours:
+                raise TimeoutError(f"another process writes the index in {self._generations.folder}: try again later")
+            return self._build(store, progress)
+
+    def _build(self, store: Store, progress: Progress | None) -> int:
+        with self._generations.fresh() as made:
+            self._create(made)
+            return self._catch_up(made, store, progress, whole=True)
 
     @abstractmethod
-    def rebuild(self, store: Store, progress: Progress | None = None) -> int:
-        """Build again from nothing and swap at the end; how many papers were read."""
+    def _create(self, path: Path) -> None:
+        """Make an empty index in an empty folder."""
+
+    @abstractmethod
+    def _catch_up(self, path: Path, store: Store, progress: Progress | None, whole: bool = False) -> int:
+        """Read what has changed into the index in this folder; ``whole`` where nobody reads it yet."""
+
+    @abstractmethod
+    def _change(self) -> int:
+        """Everything up to this change is indexed."""
 
     @abstractmethod
     def _search(
@@ -64,12 +130,27 @@ class Index(ABC):
         """In how many papers each word was at the last freeze, and of how many."""
 
     @abstractmethod
-    def count(self) -> int:
-        """Papers in the index."""
+    def _count(self) -> int: ...
 
     @abstractmethod
     def close(self) -> None:
         """Give files and locks back."""
+
+    def count(self) -> int:
+        """Papers in the index."""
+        return self._steady(self._count)
+
+    def _steady(self, read: Callable[[], T]) -> T:
+        """Read; again where a rebuild has taken the files away under the reader."""
+        before: Any = None
+        while True:
+            current = self._generations.current()
+            try:
+                return read()
+            except self._gone:
+                if current == before or current is None:
+                    raise
+                before = current
 
     def search(
         self,
@@ -94,11 +175,11 @@ class Index(ABC):
         parsed = parse_query(query) if isinstance(query, str) else query
         if parsed.empty:
             return Hits()
-        return self._search(parsed, min(max(limit, 1), LIMIT), sort, branch, within)
+        return self._steady(lambda: self._search(parsed, min(max(limit, 1), LIMIT), sort, branch, within))
 
     def keywords(self, paper: Paper, count: int = 10) -> list[Keyword]:
         """The words that tell a paper from others, heaviest first; the same until the index is frozen again."""
-        return weigh(paper.title, paper.abstract, self._frozen, count)
+        return self._steady(lambda: weigh(paper.title, paper.abstract, self._frozen, count))
 
     def related(self, paper: Paper, limit: int = 100) -> Hits:
         """Papers that share the keywords of this one, in its branch, without itself."""
@@ -117,11 +198,10 @@ class Index(ABC):
             words: of preference, at most 32 are used.
             keys: of the list in its own order.
         """
-        from danlu.papers.tokens import query_words
-
         wanted = query_words(" ".join(words))
         if not wanted or not keys:
             return list(keys)
-        found = self.search(query_of(wanted), LIMIT, within=keys).keys
+        # Every word counts and every match is wanted, be the list ever so long.
+        found = self._steady(lambda: self._search(query_of(wanted), len(keys), "relevance", None, keys)).keys
         matched = set(found)
         return [*found, *(key for key in keys if key not in matched)]

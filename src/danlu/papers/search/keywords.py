@@ -1,4 +1,4 @@
-"""Keywords of a paper: words that are frequent in it and rare elsewhere.
+"""Keywords of a paper: words that are frequent in it and rare elsewhere. Formulas are no words.
 
 The weight of a word is ``(3 tf_title + tf_abstract) (ln((1 + N) / (1 + df)) + 1)``.
 """
@@ -6,11 +6,18 @@ The weight of a word is ``(3 tf_title + tf_abstract) (ln((1 + N) / (1 + df)) + 1
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from danlu.papers.tokens import stop_words, words
+
+# A dollar sign before a space, or before a digit as the closing one, is money.
+_FORMULA = re.compile(
+    r"\$\$.{1,2000}?\$\$|\\\(.{1,1000}?\\\)|\\\[.{1,2000}?\\\]|(?<!\\)\$(?![\s$])(?:[^$\\]|\\.){0,1000}?(?<!\s)\$(?!\d)",
+    re.DOTALL,
+)
 
 
 class Keyword(NamedTuple):
@@ -49,4 +56,6 @@ def weigh(
 
 def _candidates(text: str) -> list[str]:
     stop = stop_words()
-    return [word for word in words(text) if len(word) >= 2 and word not in stop and not word.isdigit()]
+    return [
+        word for word in words(_FORMULA.sub(" ", text)) if len(word) >= 2 and word not in stop and not word.isdigit()
+    ]

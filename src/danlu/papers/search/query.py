@@ -1,20 +1,24 @@
 """Reading what a reader types into the search box. Nothing that can be typed is an error.
 
 ``words`` are optional and ranked, ``+word`` must be there, ``-word`` must not, ``"a phrase"`` stands together, and
-``ti:`` ``au:`` ``cat:`` ``date:`` ``venue:`` look in one field. What cannot be understood is read as words.
+``ti:`` ``au:`` ``cat:`` ``date:`` ``venue:`` look in one field, or with ``-`` before them exclude. What cannot be
+understood is read as words.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
-from datetime import date, timedelta
+from calendar import monthrange
+from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from danlu.papers.categories import InvalidExpression, parse_expression
-from danlu.papers.tokens import QUERY_WORDS, fold, words
+from danlu.papers.search.documents import venue_name
+from danlu.papers.tokens import QUERY_WORDS, words
 
 Field = Literal["any", "title", "authors"]
+Days = tuple[date | None, date | None]
 _TEXT_FIELDS: dict[str, Field] = {"ti": "title", "au": "authors"}
 _PART = re.compile(r'([+-]?)(?:(ti|au|cat|date|venue):)?(?:"([^"]*)"|(\S+))', re.IGNORECASE)
 _DAY = re.compile(r"([0-9]{4})(?:-([0-9]{1,2})(?:-([0-9]{1,2}))?)?\Z")
@@ -40,6 +44,9 @@ class Query:
         venues: names of venues such as ``iclr`` or ``iclr.2024``, one of which must match, in lower case.
         first_day: earliest day.
         last_day: latest day.
+        not_categories: subject expressions, none of which may match.
+        not_venues: names of venues, none of which may match.
+        not_days: first and last day (None: without end) of stretches in which a paper may not be.
     """
 
     should: tuple[Term, ...] = ()
@@ -49,11 +56,15 @@ class Query:
     venues: tuple[str, ...] = ()
     first_day: date | None = None
     last_day: date | None = None
+    not_categories: tuple[str, ...] = ()
+    not_venues: tuple[str, ...] = ()
+    not_days: tuple[Days, ...] = ()
 
     @property
     def empty(self) -> bool:
-        """Whether it asks for nothing."""
-        return self == Query() or self == Query(must_not=self.must_not)
+        """Whether it asks for nothing: what it excludes alone is no request."""
+        wanted = (self.should, self.must, self.categories, self.venues)
+        return not any(wanted) and self.first_day is None and self.last_day is None
 
     def highlighted(self) -> tuple[str, ...]:
         """The words to mark in a result."""
@@ -67,7 +78,10 @@ class _Reading:
     must_not: list[Term] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     venues: list[str] = field(default_factory=list)
-    days: list[tuple[date | None, date | None]] = field(default_factory=list)
+    days: list[Days] = field(default_factory=list)
+    not_categories: list[str] = field(default_factory=list)
+    not_venues: list[str] = field(default_factory=list)
+    not_days: list[Days] = field(default_factory=list)
     left: int = QUERY_WORDS
 
 
@@ -75,7 +89,7 @@ def parse_query(text: str) -> Query:
     """Read a query; any text gives one.
 
     Args:
-        text: what was typed; at most 32 words of it are used.
+        text: what was typed; at most 32 words and restrictions of it are used.
 
     Returns:
         The query.
@@ -84,7 +98,7 @@ def parse_query(text: str) -> Query:
     for match in _PART.finditer(text[:2000]):
         sign, name, phrase, bare = match.groups()
         value = phrase if phrase is not None else bare
-        if not _restricts(reading, (name or "").lower(), value):
+        if reading.left > 0 and not _restricts(reading, sign == "-", (name or "").lower(), value):
             _add_words(reading, sign, (name or "").lower(), value, phrase is not None)
     first = [start for start, _ in reading.days if start is not None]
     last = [end for _, end in reading.days if end is not None]
@@ -96,6 +110,9 @@ def parse_query(text: str) -> Query:
         tuple(reading.venues),
         max(first, default=None),
         min(last, default=None),
+        tuple(reading.not_categories),
+        tuple(reading.not_venues),
+        tuple(reading.not_days),
     )
 
 
@@ -104,33 +121,31 @@ def query_of(terms: list[str]) -> Query:
     return Query(should=tuple(Term((word,)) for word in terms[:QUERY_WORDS]))
 
 
-def without_fields(query: Query) -> Query:
-    """The query with its words alone: no category, venue or day."""
-    return replace(query, categories=(), venues=(), first_day=None, last_day=None)
-
-
-def _restricts(reading: _Reading, name: str, value: str) -> bool:
+def _restricts(reading: _Reading, excluding: bool, name: str, value: str) -> bool:
     """Note a restriction; False where the value is none, so that it is read as words."""
     if name == "cat":
         try:
-            reading.categories.append(str(parse_expression(value)))
+            text = str(parse_expression(value))
         except InvalidExpression:
             return False
-        return True
-    if name == "venue":
-        folded = fold(value).strip(" .")
-        if folded:
-            reading.venues.append(folded)
-        return bool(folded)
-    if name == "date":
+        (reading.not_categories if excluding else reading.categories).append(text)
+    elif name == "venue":
+        folded = venue_name(value)
+        if not folded:
+            return False
+        (reading.not_venues if excluding else reading.venues).append(folded)
+    elif name == "date":
         start, dots, end = value.partition("..")
         first = _days(start)
         last = _days(end) if dots else first
         if first is None and last is None:
             return False
-        reading.days.append((first[0] if first else None, last[1] if last else None))
-        return True
-    return False
+        days = (first[0] if first else None, last[1] if last else None)
+        (reading.not_days if excluding else reading.days).append(days)
+    else:
+        return False
+    reading.left -= 1
+    return True
 
 
 def _days(text: str) -> tuple[date, date] | None:
@@ -143,8 +158,7 @@ def _days(text: str) -> tuple[date, date] | None:
         if day:
             return date(year or 0, month or 0, day), date(year or 0, month or 0, day)
         if month:
-            following = date(year or 0, month, 28) + timedelta(days=4)
-            return date(year or 0, month, 1), following - timedelta(days=following.day)
+            return date(year or 0, month, 1), date(year or 0, month, monthrange(year or 0, month)[1])
         return date(year or 0, 1, 1), date(year or 0, 12, 31)
     except ValueError:
         return None
@@ -159,6 +173,6 @@ def _add_words(reading: _Reading, sign: str, name: str, value: str, phrase: bool
     reading.left -= len(found)
     if not found:
         return
-    # A word that falls apart (state-of-the-art, a run of Chinese) is looked for as it was typed.
+    # Parts of state-of-the-art rank apart; a run of Chinese, or what was asked for by a sign, stands as it was typed.
     together = phrase or sign != "" or where != "any" or not value.isascii()
     target.extend([Term(tuple(found), where)] if together else [Term((word,), where) for word in found])

@@ -7,20 +7,22 @@ gives an empty page in the middle of a long result.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 from xml.etree.ElementTree import Element
 
 from danlu.papers.categories import split_codes
-from danlu.papers.ids import ARXIV, InvalidIdentifier, PaperId, parse_arxiv
-from danlu.papers.records import PaperRecord, utc
-from danlu.papers.sources.latex import plain
+from danlu.papers.ids import ARXIV, SOURCES, PaperId, parse_arxiv
+from danlu.papers.records import PaperRecord
+from danlu.papers.sources.latex import doi, originals, plain
+from danlu.papers.sources.moments import iso
 from danlu.papers.sources.xml import BadDocument, parse_xml, text_of
 
 _ATOM = "{http://www.w3.org/2005/Atom}"
 _ARXIV = "{http://arxiv.org/schemas/atom}"
 _SEARCH = "{http://a9.com/-/spec/opensearch/1.1/}"
+#: Every host of arXiv that is asked, redirects included.
+ARXIV_SOURCE = replace(SOURCES[ARXIV], hosts=("arxiv.org", "export.arxiv.org", "rss.arxiv.org", "oaipmh.arxiv.org"))
 BASE = "https://export.arxiv.org/api/query"
 #: Most results of one request, and the place behind which it gives none.
 PAGE, DEPTH = 2000, 30_000
@@ -77,7 +79,7 @@ def parse_page(body: bytes) -> Page:
             raise ApiError(text_of(entry.find(f"{_ATOM}summary")) or "the interface reports an error")
         try:
             records.append(_record(entry, identifier))
-        except (InvalidIdentifier, ValueError):
+        except ValueError:
             skipped += 1
     total, start = (text_of(root.find(f"{_SEARCH}{name}")) for name in ("totalResults", "startIndex"))
     return Page(tuple(records), _number(total, len(records)), _number(start, 0), skipped)
@@ -89,28 +91,30 @@ def _record(entry: Element, identifier: str) -> PaperRecord:
     terms = [each.get("term", "") for each in entry.findall(f"{_ATOM}category")]
     first = [] if primary is None else [primary.get("term", "")]
     categories, codes = split_codes([*first, *terms])
-    submitted = utc(datetime.fromisoformat(text_of(entry.find(f"{_ATOM}published"))))
-    updated = utc(datetime.fromisoformat(text_of(entry.find(f"{_ATOM}updated"))))
+    submitted = iso(text_of(entry.find(f"{_ATOM}published")))
+    updated = iso(text_of(entry.find(f"{_ATOM}updated")))
+    title = text_of(entry.find(f"{_ATOM}title"))
     known = {1: submitted} if found.version != 1 else {1: updated}
     if found.version is not None:
         known[found.version] = updated
     return PaperRecord(
         PaperId(ARXIV, found.identifier),
         "api",
-        title=plain(text_of(entry.find(f"{_ATOM}title"))),
+        title=plain(title),
         abstract=plain(text_of(entry.find(f"{_ATOM}summary"))),
         authors=tuple(plain(text_of(each)) for each in entry.findall(f"{_ATOM}author/{_ATOM}name")),
         categories=categories,
         codes=codes,
         comment=plain(text_of(entry.find(f"{_ARXIV}comment"))),
-        doi=text_of(entry.find(f"{_ARXIV}doi")),
+        doi=doi(text_of(entry.find(f"{_ARXIV}doi"))),
         journal_ref=plain(text_of(entry.find(f"{_ARXIV}journal_ref"))),
         version=found.version,
         versions=tuple(sorted(known.items())),
         submitted_at=submitted,
         updated_at=updated,
+        extra=originals(title=title),
     )
 
 
 def _number(text: str, otherwise: int) -> int:
-    return int(text) if text.isascii() and text.isdigit() else otherwise
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else otherwise

@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime
-from email.utils import parsedate_to_datetime
+from functools import cached_property
 from xml.etree.ElementTree import Element
 
-from danlu.papers.categories import members, split_codes
-from danlu.papers.ids import ARXIV, InvalidIdentifier, PaperId, parse_arxiv
+from danlu.papers.categories import members, shown, split_codes
+from danlu.papers.ids import ARXIV, PaperId, parse_arxiv
 from danlu.papers.records import Kind, Listing, PaperRecord
-from danlu.papers.sources.latex import plain
+from danlu.papers.sources.latex import doi, originals, plain
+from danlu.papers.sources.moments import mail_date
 from danlu.papers.sources.xml import BadDocument, parse_xml, text_of
 
 _ATOM = "{http://www.w3.org/2005/Atom}"
@@ -41,6 +42,17 @@ class Feed:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a feed is the list of: names, and the codes under them."""
+
+    names: tuple[str, ...]
+
+    @cached_property
+    def codes(self) -> frozenset[str]:
+        return frozenset().union(*(members(name) for name in self.names))
+
+
 def feed_url(names: Iterable[str]) -> str:
     """Address of the list of some archives or categories."""
     return "https://rss.arxiv.org/atom/" + "+".join(names)
@@ -60,8 +72,8 @@ def parse_feed(body: bytes, names: Iterable[str]) -> Feed:
         BadDocument: not a feed.
     """
     root = parse_xml(body, "a feed of arXiv")
-    wanted = frozenset().union(*(members(name) for name in names))
-    if root.tag == "rss":
+    wanted = _Wanted(tuple(names))
+    if root.tag == "rss" and root.find("channel") is not None:
         items, read = root.findall("./channel/item"), _rss_item
     elif root.tag == f"{_ATOM}feed":
         items, read = root.findall(f"{_ATOM}entry"), _atom_entry
@@ -72,7 +84,7 @@ def parse_feed(body: bytes, names: Iterable[str]) -> Feed:
     for position, item in enumerate(items):
         try:
             records.append(read(item, position, wanted))
-        except (InvalidIdentifier, ValueError, KeyError):
+        except (ValueError, KeyError):
             skipped += 1
     days = [place.announced_on for record in records for place in record.listings]
     if items and not records:
@@ -80,15 +92,15 @@ def parse_feed(body: bytes, names: Iterable[str]) -> Feed:
     return Feed(max(days, default=None), tuple(records), skipped)
 
 
-def _rss_item(item: Element, position: int, wanted: frozenset[str]) -> PaperRecord:
-    moment = parsedate_to_datetime(text_of(item.find("pubDate")))
+def _rss_item(item: Element, position: int, wanted: _Wanted) -> PaperRecord:
+    moment = mail_date(text_of(item.find("pubDate")))
     return _record(
         item, position, wanted, moment, text_of(item.find("guid")), item.findtext("description") or "",
         [text_of(each) for each in item.findall("category")],
     )  # fmt: skip
 
 
-def _atom_entry(item: Element, position: int, wanted: frozenset[str]) -> PaperRecord:
+def _atom_entry(item: Element, position: int, wanted: _Wanted) -> PaperRecord:
     moment = datetime.fromisoformat(text_of(item.find(f"{_ATOM}published")))
     return _record(
         item, position, wanted, moment, text_of(item.find(f"{_ATOM}id")), item.findtext(f"{_ATOM}summary") or "",
@@ -99,7 +111,7 @@ def _atom_entry(item: Element, position: int, wanted: frozenset[str]) -> PaperRe
 def _record(
     item: Element,
     position: int,
-    wanted: frozenset[str],
+    wanted: _Wanted,
     moment: datetime,
     guid: str,
     description: str,
@@ -113,7 +125,8 @@ def _record(
     # The calendar date in the feed's own offset: in another zone it may be a day off.
     day = moment.date()
     # The categories of a paper's cross-lists were announced on their own days, so a cross is one for this list alone.
-    listed = [category for category in categories if category in wanted]
+    # What stands in a list belongs to it, even if its categories do not say so.
+    listed = [category for category in categories if category in wanted.codes] or [wanted.names[0]]
     title = text_of(item.find("title")) or text_of(item.find(f"{_ATOM}title"))
     return PaperRecord(
         PaperId(ARXIV, found.identifier),
@@ -124,12 +137,22 @@ def _record(
         authors_provisional=True,
         categories=categories,
         codes=codes,
-        doi=text_of(item.find(f"{_ARXIV}DOI")),
-        journal_ref=text_of(item.find(f"{_ARXIV}journal_reference")),
+        doi=doi(text_of(item.find(f"{_ARXIV}DOI"))),
+        journal_ref=plain(text_of(item.find(f"{_ARXIV}journal_reference"))),
         license=text_of(item.find(f"{_DC}rights")),
         version=found.version,
-        listings=tuple(Listing(day, category, kind, position) for category in listed),
+        listings=tuple(Listing(day, code, _kind(kind, code, categories, listed), position) for code in listed),
+        extra=originals(title=title),
     )
+
+
+def _kind(kind: Kind, code: str, categories: tuple[str, ...], listed: list[str]) -> Kind:
+    """Kind of a place in one category's list: a paper is new in that of its first category, and crossed into others."""
+    if kind != "new":
+        return kind
+    primary = shown(categories[:1])
+    own = [each for each in listed if shown([each]) == primary]
+    return "new" if code in (own or listed[:1]) else "cross"
 
 
 def split_names(text: str) -> tuple[str, ...]:

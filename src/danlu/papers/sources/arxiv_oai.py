@@ -7,16 +7,16 @@ the tokens carry no counts and expire within a day.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from email.utils import parsedate_to_datetime
+from datetime import date
 from urllib.parse import urlencode
 from xml.etree.ElementTree import Element
 
 from danlu.papers.categories import split_codes
-from danlu.papers.ids import ARXIV, InvalidIdentifier, PaperId, parse_arxiv
-from danlu.papers.records import PaperRecord, utc
+from danlu.papers.ids import ARXIV, PaperId, parse_arxiv
+from danlu.papers.records import PaperRecord
 from danlu.papers.sources.arxiv_feed import split_names
-from danlu.papers.sources.latex import plain
+from danlu.papers.sources.latex import doi, originals, plain
+from danlu.papers.sources.moments import iso, rfc2822, version_number
 from danlu.papers.sources.xml import BadDocument, parse_xml, text_of
 
 _OAI = "{http://www.openarchives.org/OAI/2.0/}"
@@ -46,6 +46,7 @@ class Harvest:
         token: of the next page, empty at the end.
         responded_on: the interface's own date, from which the next harvest starts.
         datestamp: latest date of modification on the page, from which a broken harvest starts again.
+        earliest: date of modification on the page, which tells whether pages come in order.
         skipped: records that could not be read.
     """
 
@@ -53,6 +54,7 @@ class Harvest:
     token: str
     responded_on: date
     datestamp: date | None
+    earliest: date | None = None
     skipped: int = 0
 
 
@@ -86,13 +88,16 @@ def parse_harvest(body: bytes) -> Harvest:
     root = parse_xml(body, "an OAI-PMH answer")
     if root.tag != f"{_OAI}OAI-PMH":
         raise BadDocument(f"expected an OAI-PMH answer, got an element {root.tag[:60]!r}")
-    responded_on = _moment(text_of(root.find(f"{_OAI}responseDate"))).date()
-    error = root.find(f"{_OAI}error")
-    if error is not None:
-        code = error.get("code", "")
+    try:
+        responded_on = iso(text_of(root.find(f"{_OAI}responseDate"))).date()
+    except ValueError as error:
+        raise BadDocument(f"expected an OAI-PMH answer with its date: {error}") from error
+    refusal = root.find(f"{_OAI}error")
+    if refusal is not None:
+        code = refusal.get("code", "")
         if code == "noRecordsMatch":
             return Harvest((), "", responded_on, None)
-        raise HarvestError(code, text_of(error))
+        raise HarvestError(code, text_of(refusal))
     listed = root.find(f"{_OAI}ListRecords")
     if listed is None:
         raise BadDocument("expected a list of records from OAI-PMH, got another answer")
@@ -102,20 +107,20 @@ def parse_harvest(body: bytes) -> Harvest:
     for record in listed.findall(f"{_OAI}record"):
         try:
             found, stamp = _record(record)
-        except (InvalidIdentifier, ValueError, TypeError):
+        except ValueError:
             skipped += 1
             continue
         records.append(found)
         stamps.append(stamp)
     token = text_of(listed.find(f"{_OAI}resumptionToken"))
-    return Harvest(tuple(records), token, responded_on, max(stamps, default=None), skipped)
+    return Harvest(tuple(records), token, responded_on, max(stamps, default=None), min(stamps, default=None), skipped)
 
 
 def _record(record: Element) -> tuple[PaperRecord, date]:
     header = record.find(f"{_OAI}header")
     if header is None:
         raise ValueError("a record without header")
-    stamp = _moment(text_of(header.find(f"{_OAI}datestamp"))).date()
+    stamp = iso(text_of(header.find(f"{_OAI}datestamp"))).date()
     paper = PaperId(ARXIV, parse_arxiv(text_of(header.find(f"{_OAI}identifier")).rpartition(":")[2]).identifier)
     if header.get("status") == "deleted":
         return PaperRecord(paper, "oai", withdrawn=True), stamp
@@ -135,12 +140,12 @@ def _read(entry: Element, space: str, paper: PaperId, authors: tuple[str, ...]) 
         return text_of(entry.find(f"{space}{name}"))
 
     versions = tuple(
-        (int(each.get("version", "v0")[1:]), utc(parsedate_to_datetime(text_of(each.find(f"{space}date")))))
+        (version_number(each.get("version", "")), rfc2822(text_of(each.find(f"{space}date"))))
         for each in entry.findall(f"{space}version")
     )
     created, updated = of("created"), of("updated")
-    submitted_at = min((moment for _, moment in versions), default=_moment(created) if created else None)
-    updated_at = max((moment for _, moment in versions), default=_moment(updated) if updated else submitted_at)
+    submitted_at = min((moment for _, moment in versions), default=iso(created) if created else None)
+    updated_at = max((moment for _, moment in versions), default=iso(updated) if updated else submitted_at)
     categories, codes = split_codes([*of("categories").split(), *_codes(of("acm-class")), *_codes(of("msc-class"))])
     return PaperRecord(
         paper,
@@ -152,13 +157,14 @@ def _read(entry: Element, space: str, paper: PaperId, authors: tuple[str, ...]) 
         categories=categories,
         codes=codes,
         comment=plain(of("comments")),
-        doi=of("doi").split(" ")[0],
+        doi=doi(of("doi")),
         journal_ref=plain(of("journal-ref")),
         license=of("license"),
         version=max((number for number, _ in versions), default=None),
         versions=versions,
         submitted_at=submitted_at,
         updated_at=updated_at,
+        extra=originals(title=of("title")),
     )
 
 
@@ -172,8 +178,3 @@ def _authors(entry: Element) -> tuple[str, ...]:
 
 def _codes(text: str) -> list[str]:
     return [part.strip() for part in text.replace(",", ";").split(";") if part.strip()]
-
-
-def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Literal, get_args
 from danlu.papers.records import PaperRecord
 from danlu.papers.sources import venues
 from danlu.papers.sources.arxiv_snapshot import open_lines, read_snapshot
-from danlu.papers.sources.polling import note_poll, poll_row
+from danlu.papers.sources.duplicates import link
+from danlu.papers.sources.polls import note_poll, poll_row
 from danlu.papers.store import Store, Written
 
 Format = Literal["snapshot", "acl", "openreview", "pmlr", "bibtex", "csv", "jsonl"]
@@ -60,7 +63,7 @@ def guess_format(path: Path) -> Format:
     if name.endswith(".xml") or start.startswith(b"<?xml") or b"<collection" in start:
         return "acl"
     if name.endswith(".bib"):
-        return "bibtex"
+        return "pmlr" if b"proceedings.mlr.press" in start or b"pmlr" in start.lower() else "bibtex"
     if name.endswith((".csv", ".tsv")):
         return "csv"
     if b'"authors_parsed"' in start or (b'"submitter"' in start and b'"categories"' in start):
@@ -105,6 +108,7 @@ def import_file(
     report = ImportReport()
     if kind == "snapshot":
         _snapshot(store, path, report, progress)
+        link(store)
         return report
     size = path.stat().st_size
     if size > FILE_BYTES:
@@ -119,6 +123,7 @@ def import_file(
         "jsonl": lambda: venues.read_jsonl(body, "Local", venue, year),
     }[kind]()
     report.written = store.upsert(_good(found, report))
+    link(store)
     if progress:
         progress(size, size)
     return report
@@ -136,7 +141,7 @@ def _snapshot(store: Store, path: Path, report: ImportReport, progress: Progress
     """Lines in batches; the place behind a batch is noted once the batch is written."""
     key = _mark(path)
     offset = int(poll_row(store, "snapshot", key)["cursor"] or 0)
-    with open_lines(path) as (lines, size):
+    with _few_collections(), open_lines(path) as (lines, size):
         batch: list[PaperRecord] = []
         place = offset
         for place, record in read_snapshot(lines, offset):
@@ -154,6 +159,17 @@ def _snapshot(store: Store, path: Path, report: ImportReport, progress: Progress
         note_poll(store, "snapshot", key, datetime.now(UTC), cursor=str(place))
         if progress:
             progress(size, size)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Records come and go in great numbers and never in circles: looking for circles would take a tenth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _mark(path: Path) -> str:

@@ -26,6 +26,18 @@ def mailing_day(submitted: datetime) -> date:
     return day + timedelta(days=3 if day.weekday() == 4 else 1)
 
 
+def latest_mailing(now: datetime) -> date:
+    """The date of the latest mailing where no holiday was kept.
+
+    Args:
+        now: with zone.
+    """
+    day = now.astimezone(ZONE).date()
+    while day.weekday() >= 5:
+        day -= timedelta(days=1)
+    return day
+
+
 def next_refresh(now: datetime) -> datetime:
     """When the feed is next refreshed: a little after midnight US Eastern.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter
 from sqlalchemy import func, select
@@ -23,7 +23,7 @@ from danlu.papers.web import security
 from danlu.papers.web.errors import BadRequest, Unknown
 from danlu.papers.web.markdown import to_html
 from danlu.papers.web.rendering import is_fragment
-from danlu.papers.web.views import papers_url, web_address
+from danlu.papers.web.views import papers_url, source_links, web_address
 
 router = APIRouter(include_in_schema=False)
 _STREAM = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
@@ -43,7 +43,7 @@ def find(request: Request, text: str) -> tuple[Paper, PaperId]:
     store = request.app.state.site.store
     held = lists.papers(store, list(lists.find(store, [paper]).values()))
     if not held:
-        raise Unknown(f"This site does not have {paper}.")
+        raise Unknown(f"This site does not have {paper}.", source_links([paper]))
     return held[0], paper
 
 
@@ -113,8 +113,8 @@ def card_values(request: Request, paper: Paper, version: int | None, lang: str |
 def _places(sources: list[dict[str, Any]]) -> list[str]:
     """Where the quotes of an answer stand, each place once."""
     found: dict[str, None] = {}
-    for quote in sources:
-        section, page = str(quote.get("section") or ""), quote.get("page") or 0
+    for source in sources:
+        section, page = str(source.get("section") or ""), source.get("page") or 0
         place = ", ".join(part for part in (section, f"page {page}" if page else "") if part)
         if place:
             found[place] = None
@@ -123,12 +123,10 @@ def _places(sources: list[dict[str, Any]]) -> list[str]:
 
 def _chat(request: Request, paper: Paper) -> str:
     """The address of a general chat that knows what it is about; empty where the operator has set none."""
-    from urllib.parse import quote
-
     template = request.app.state.site.settings.chat_url
     if not template:
         return ""
-    here = str(request.base_url).rstrip("/") + papers_url([paper.paper])
+    here = security.base(request) + papers_url([paper.paper])
     prompt = f"I have questions about the paper {paper.title!r}. PDF: {paper.pdf_url or paper.abs_url} Summary: {here}"
     return web_address(template.replace("{prompt}", quote(prompt, safe=""))) or ""
 
@@ -178,10 +176,10 @@ async def ask(request: Request, paper_id: str) -> Response:
     site = request.app.state.site
     if site.engine is None:
         raise Unknown("This site answers no questions.")
-    form = await request.form()
+    form = await security.form(request)
     paper, named = await run_in_threadpool(find, request, paper_id)
-    lang = read_lang(request, str(form.get("lang") or ""))
-    version = read_version(str(form.get("v") or ""), paper, named)
+    lang = read_lang(request, form.get("lang"))
+    version = read_version(form.get("v"), paper, named)
     card = await run_in_threadpool(site.cards.get, paper, version, lang)
     if card is None or not (card.complete or (card.job is not None and card.job.live)):
         # Joining a running job costs nothing, so that only new work counts.
@@ -196,8 +194,7 @@ async def ask(request: Request, paper_id: str) -> Response:
 
 def _priority(request: Request, paper: Paper) -> int:
     site, cache = request.app.state.site, request.app.state.cache
-    token, given = site.settings.admin_token.get_secret_value(), request.headers.get("X-Admin-Token", "")
-    if token and secrets.compare_digest(token.encode(), given.encode()):
+    if security.is_admin(request):
         return TOKEN
 
     def newest() -> object:

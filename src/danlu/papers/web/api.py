@@ -1,313 +1,252 @@
-"""The site for programs: JSON for every list, with an OpenAPI document."""
+"""The site for programs: JSON of every list, paper and finished answer, described by an OpenAPI document.
+
+Everything here is read with GET, and reading starts no work. What is wrong with a request comes as a problem document
+(RFC 9457) with the part that cannot be read.
+"""
 
 from __future__ import annotations
 
-from datetime import date
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from danlu.papers import lists
-from danlu.papers.categories import Expression, InvalidExpression, members, parse_expression, vocabulary
-from danlu.papers.ids import InvalidIdentifier, parse_id
-from danlu.papers.rows import Entry, Paper
-from danlu.papers.web import exports, health, security
-from danlu.papers.web.errors import BadRequest, Unknown
-from danlu.papers.web.state import Site
+from danlu.papers.answer.questions import questions
+from danlu.papers.categories import ALIASES, vocabulary
+from danlu.papers.rows import Entry
+from danlu.papers.web import answers, exports, feeds, health, ordering, security
+from danlu.papers.web.errors import Unknown
+from danlu.papers.web.lists import read_day
+from danlu.papers.web.models import (
+    AnswerModel,
+    CardModel,
+    CategoryModel,
+    DayListModel,
+    DayModel,
+    KeywordModel,
+    ListedModel,
+    ListModel,
+    Problem,
+    QuoteModel,
+    SearchModel,
+    VenueListModel,
+    VenueModel,
+    paper_model,
+)
+from danlu.papers.web.views import address
 
-router = APIRouter(prefix="/api/v1", tags=["papers"])
-
-#: Papers of one answer.
-MOST = 100
-Show = Annotated[int, Query(ge=1, le=MOST, description="papers of one answer")]
-After = Annotated[int, Query(ge=0, le=1_000_000, description="places to leave out, as next says")]
-
-
-class PlaceModel(BaseModel):
-    """Where a paper was published."""
-
-    name: str
-    year: int
-    group: str = ""
-
-
-class PaperModel(BaseModel):
-    """A paper; times are UTC, announced_on is the day of its first list."""
-
-    id: str
-    version: int | None
-    title: str
-    abstract: str
-    authors: list[str]
-    categories: list[str]
-    comment: str
-    doi: str
-    journal_ref: str
-    license: str
-    submitted_at: str | None
-    updated_at: str | None
-    announced_on: str | None
-    withdrawn: bool
-    venues: list[PlaceModel]
-    abs_url: str | None
-    pdf_url: str | None
+PREFIX = "/api/v1"
 
 
-class ListedModel(BaseModel):
-    """A paper at its place in a list."""
+router = APIRouter(prefix=PREFIX, responses={"4XX": {"model": Problem, "description": "What is wrong"}})
 
-    number: int
-    kind: str = ""
-    late: bool = False
-    group: str = ""
-    paper: PaperModel
-
-
-class ListModel(BaseModel):
-    """A part of a list: pass ``snapshot`` and ``next`` back as ``snapshot`` and ``after`` for what follows."""
-
-    title: str
-    day: date | None = None
-    total: int
-    snapshot: int = 0
-    next: int | None = None
-    partial: bool = False
-    papers: list[ListedModel]
-
-
-class DayModel(BaseModel):
-    """A day with lists."""
-
-    day: date
-    papers: int
-
-
-class VenueModel(BaseModel):
-    """A venue of one year."""
-
-    name: str
-    year: int
-    papers: int
-    groups: dict[str, int]
-
-
-class KeywordModel(BaseModel):
-    """A word that tells a paper from others."""
-
-    term: str
-    weight: float
-
-
-class CategoryModel(BaseModel):
-    """A subject."""
-
-    code: str
-    name: str
-    group: str
-    active: bool
-
-
-class AnswerModel(BaseModel):
-    """One answer of a card, in Markdown."""
-
-    number: int
-    text: str
-    quotes: list[dict[str, Any]]
-
-
-class CardModel(BaseModel):
-    """What is known about a paper's questions."""
-
-    paper: str
-    version: int
-    lang: str
-    engine: str
-    complete: bool
-    notes: list[str]
-    answers: list[AnswerModel]
-
-
-@router.get("/openapi.json", include_in_schema=False)
-def document(request: Request) -> dict[str, Any]:
-    """The OpenAPI document of these routes."""
-    return get_openapi(title="danlu papers", version="1", routes=router.routes)
+Subjects = Annotated[str, Path(description="an expression of subjects", examples=["cs.AI+cs.LG-cs.CY"])]
+Identifier = Annotated[str, Path(description="of a paper", examples=["2104.09864"])]
+Day = Annotated[str | None, Query(description="of a mailing: YYYY-MM-DD", json_schema_extra={"format": "date"})]
+Show = Annotated[int, Query(ge=1, le=ordering.MOST, description="papers of one answer")]
+After = Annotated[int, Query(ge=0, le=10**6, description="how many papers of the list to leave out")]
 
 
 @router.get("/list/{expression}")
 def day_list(
     request: Request,
-    expression: str,
-    day: date | None = None,
-    show: Show = 25,
+    expression: Subjects,
+    date: Day = None,
     after: After = 0,
-    snapshot: Annotated[int | None, Query(ge=0, le=2**53)] = None,
-) -> ListModel:
-    """A daily list of a subject expression such as ``cs.AI+cs.LG-cs.CY``; the latest day unless given."""
-    wanted, site = _expression(expression), _site(request)
-    chosen = day or lists.latest_day(site.store, wanted)
-    if chosen is None:
-        return ListModel(title=str(wanted), total=0, papers=[])
-    found = lists.day_list(site.store, wanted, chosen, snapshot)
-    return _part(site, str(wanted), found.entries, show, after, day=chosen, snapshot=found.snapshot)
+    show: Show = ordering.CHUNK,
+    snapshot: Annotated[int | None, Query(ge=0, le=2**62, description="of a list read before")] = None,
+) -> DayListModel:
+    """The papers of a subject on one day, in the order in which the source announced them; on the latest by default."""
+    wanted = feeds.read_expression(expression)
+    day, found = feeds.day_of(request, wanted, read_day(date), snapshot)
+    path = f"{PREFIX}/list/{wanted}"
+    values = _part(request, found.entries, after, show, path, date=day, snapshot=found.snapshot)
+    return DayListModel(expression=str(wanted), day=day, snapshot=found.snapshot, **values)
 
 
 @router.get("/days/{expression}")
-def days(request: Request, expression: str, show: Show = 30, before: date | None = None) -> list[DayModel]:
-    """The latest days with lists of a subject, newest first."""
-    found = lists.days(_site(request).store, _expression(expression), show, before)
-    return [DayModel(day=day, papers=count) for day, count in found]
+def days(
+    request: Request,
+    expression: Subjects,
+    limit: Annotated[int, Query(ge=1, le=1000, description="how many")] = 30,
+    before: Day = None,
+) -> list[DayModel]:
+    """The latest days on which a subject was announced, newest first."""
+    found = lists.days(request.app.state.site.store, feeds.read_expression(expression), limit, read_day(before))
+    return [DayModel(day=day, total=total) for day, total in found]
 
 
 @router.get("/papers")
-def papers(request: Request, ids: str) -> list[PaperModel]:
-    """Papers by identifiers between commas; those that are not stored are left out."""
-    return [_model(paper) for paper in exports.stored(request, exports.read_ids(ids))]
+def papers(
+    request: Request,
+    ids: Annotated[str, Query(description="identifiers between commas, at most 200", examples=["2104.09864"])],
+) -> exports.Exported:
+    """Papers by identifier, in this order; those that are not here are named."""
+    found = exports.stored(request.app.state.site.store, exports.read_ids(ids))
+    return exports.Exported(
+        papers=[paper_model(paper, version) for paper, version in found.papers],
+        missing=[str(paper) for paper in found.missing],
+    )
 
 
 @router.get("/venues")
 def venues(request: Request) -> list[VenueModel]:
     """Every venue, newest year first."""
-    found = lists.venues(_site(request).store)
-    return [VenueModel(name=v.name, year=v.year, papers=v.count, groups=v.groups) for v in found]
+    return [_venue(each) for each in lists.venues(request.app.state.site.store)]
 
 
-@router.get("/venue/{name}/{year}")
+@router.get("/venue/{slug}")
 def venue(
-    request: Request, name: str, year: int, group: str | None = None, show: Show = 25, after: After = 0
-) -> ListModel:
-    """The papers of a venue, of one group or of all."""
-    site = _site(request)
-    found = lists.venue_list(site.store, name, year, group) if 0 <= year <= 9999 else None
-    if found is None:
-        raise Unknown(f"There is no venue {name[:80]} {year}.")
-    return _part(site, f"{name} {year}", found.entries, show, after)
+    request: Request,
+    slug: Annotated[str, Path(description="NAME.YEAR, or NAME for its latest year", examples=["ICLR.2024"])],
+    group: Annotated[str | None, Query(description="such as Oral")] = None,
+    after: After = 0,
+    show: Show = ordering.CHUNK,
+) -> VenueListModel:
+    """The papers of a venue in its own order."""
+    found = feeds.find_venue(request, slug)
+    entries = feeds.venue_papers(request, found, group).entries
+    path = f"{PREFIX}/venue/{found.slug}"
+    return VenueListModel(venue=_venue(found), **_part(request, entries, after, show, path, group=group))
 
 
 @router.get("/search")
 def search(
     request: Request,
-    query: str,
-    branch: Literal["arxiv", "venue"] | None = None,
-    sort: Literal["relevance", "date"] = "relevance",
-    show: Show = 25,
+    query: Annotated[str, Query(description="any text", examples=["rotary attention"])] = "",
+    branch: Annotated[Literal["arxiv", "venue"] | None, Query(description="both by default")] = None,
+    sort: Annotated[Literal["relevance", "date"], Query(description="best or newest first")] = "relevance",
     after: After = 0,
-) -> ListModel:
-    """Papers that match; any text is a query, and at most 1000 are found."""
+    show: Show = ordering.CHUNK,
+) -> SearchModel:
+    """Search in titles, abstracts and authors; at most 1000 papers are found."""
     security.limit(request, "search")
-    site = _site(request)
-    hits = site.index.search(query, sort=sort, branch=branch)
-    part = _part(site, query, tuple(Entry(key) for key in hits.keys), show, after)
-    return part.model_copy(update={"partial": hits.partial})
+    hits = request.app.state.site.index.search(query[:2000], sort=sort, branch=branch)
+    path, entries = f"{PREFIX}/search", [Entry(key) for key in hits.keys]
+    values = _part(request, entries, after, show, path, query=query[:2000], branch=branch, sort=sort)
+    return SearchModel(query=query[:2000], partial=hits.partial, **values)
 
 
 @router.get("/related/{paper_id:path}")
-def related(request: Request, paper_id: str, show: Show = 25) -> ListModel:
-    """Papers that share the keywords of one."""
+def related(request: Request, paper_id: Identifier, after: After = 0, show: Show = ordering.CHUNK) -> ListModel:
+    """Papers that share the keywords of this one, in its branch."""
     security.limit(request, "search")
-    site, paper = _site(request), _paper(request, paper_id)
-    hits = site.index.related(paper)
-    return _part(site, f"like {paper.paper}", tuple(Entry(key) for key in hits.keys), show, 0)
+    paper, _ = answers.find(request, paper_id)
+    hits = request.app.state.site.index.related(paper)
+    path = f"{PREFIX}/related/{paper.paper}"
+    return ListModel(**_part(request, [Entry(key) for key in hits.keys], after, show, path))
 
 
 @router.get("/keywords/{paper_id:path}")
-def keywords(request: Request, paper_id: str) -> list[KeywordModel]:
+def keywords(
+    request: Request, paper_id: Identifier, count: Annotated[int, Query(ge=1, le=100, description="how many")] = 10
+) -> list[KeywordModel]:
     """The words that tell a paper from others, heaviest first."""
-    found = _site(request).index.keywords(_paper(request, paper_id))
+    security.limit(request, "search")
+    paper, _ = answers.find(request, paper_id)
+    found = request.app.state.site.index.keywords(paper, count)
     return [KeywordModel(term=keyword.term, weight=keyword.weight) for keyword in found]
 
 
 @router.get("/card/{paper_id:path}")
 def card(
     request: Request,
-    paper_id: str,
-    lang: str | None = None,
-    version: Annotated[int | None, Query(ge=1, le=10_000)] = None,
+    paper_id: Identifier,
+    lang: Annotated[str | None, Query(description="of the answers; the site's first by default")] = None,
+    v: Annotated[int | None, Query(ge=1, le=99_999, description="version; the latest by default")] = None,
 ) -> CardModel:
-    """The answers about a paper, where somebody has asked; reading them starts nothing."""
-    site, paper = _site(request), _paper(request, paper_id)
-    chosen = lang or site.settings.languages[0]
-    if chosen not in site.settings.languages:
-        raise BadRequest(f"lang must be one of {', '.join(site.settings.languages)}", chosen[:20])
-    found = site.cards.get(paper, version, chosen)
-    if found is None or site.engine is None:
-        raise Unknown(f"Nobody has asked about {paper.paper} yet.")
+    """What has been answered about a paper. Asking is for people: it takes a form of the site."""
+    site = request.app.state.site
+    paper, named = answers.find(request, paper_id)
+    chosen = answers.read_lang(request, lang)
+    version = answers.read_version(None if v is None else str(v), paper, named)
+    found = site.cards.get(paper, version, chosen) if site.engine is not None else None
+    if found is None:
+        raise Unknown(f"Nobody has asked about {named} here.")
+    asked = {question.number: question.text for question in questions(chosen)}
     return CardModel(
         paper=str(paper.paper),
         version=found.version,
         lang=found.lang,
         engine=site.engine.label,
         complete=found.complete,
+        state=found.job.state if found.job else "",
+        answers=[
+            AnswerModel(
+                number=each.q,
+                question=asked.get(each.q, ""),
+                text=each.text,
+                quotes=[
+                    QuoteModel(section=quote.get("section") or "", page=quote.get("page") or 0)
+                    for quote in each.sources
+                ],
+                created_at=each.created_at,
+            )
+            for each in found.answers
+        ],
         notes=list(found.notes),
-        answers=[AnswerModel(number=answer.q, text=answer.text, quotes=answer.sources) for answer in found.answers],
     )
 
 
 @router.get("/categories")
 def categories() -> list[CategoryModel]:
-    """Every subject, in the order of the source."""
-    return [CategoryModel(code=c.code, name=c.name, group=c.group, active=c.active) for c in vocabulary().values()]
-
-
-@router.get("/categories/{name}")
-def category(name: str) -> list[str]:
-    """The codes that a name stands for, second names included."""
-    if name not in vocabulary():
-        raise Unknown(f"There is no subject {name[:60]}.")
-    return sorted(members(name))
+    """Every subject, in the order in which the source lists them."""
+    return [
+        CategoryModel(
+            code=each.code,
+            name=each.name,
+            group=each.group,
+            archive=each.archive,
+            active=each.active,
+            alias_of=ALIASES.get(each.code),
+        )
+        for each in vocabulary().values()
+    ]
 
 
 @router.get("/health")
-def healthy(request: Request) -> dict[str, Any]:
-    """How the site is."""
-    return health.state(_site(request))
+def site_health(request: Request) -> health.Health:
+    """Whether the site is up to date."""
+    return health.examine(request.app.state.site)
 
 
-def _site(request: Request) -> Site:
-    return request.app.state.site
+@router.get("/openapi.json", include_in_schema=False)
+def document() -> JSONResponse:
+    """This description of the interface."""
+    found = get_openapi(
+        title="danlu papers",
+        version="1",
+        description="Lists, papers, searches and finished answers of this site.",
+        routes=[route for route in router.routes if getattr(route, "include_in_schema", False)],
+    )
+    for path in found["paths"].values():
+        # The model of an error is the same everywhere; its media type cannot be said where it is declared.
+        content = path["get"]["responses"]["4XX"]["content"]
+        content["application/problem+json"] = content.pop("application/json")
+    return JSONResponse(found)
 
 
-def _expression(text: str) -> Expression:
-    try:
-        return parse_expression(text)
-    except InvalidExpression as error:
-        raise BadRequest(str(error), error.rest[:60]) from error
-
-
-def _paper(request: Request, text: str) -> Paper:
-    try:
-        wanted = parse_id(text)
-    except InvalidIdentifier as error:
-        raise BadRequest(str(error), text[:60]) from error
-    found = exports.stored(request, [wanted])
-    if not found:
-        raise Unknown(f"{wanted} is not stored here.")
-    return found[0]
+def _venue(found: lists.Venue) -> VenueModel:
+    return VenueModel(slug=found.slug, name=found.name, year=found.year, total=found.count, groups=found.groups)
 
 
 def _part(
-    site: Site,
-    title: str,
-    entries: tuple[Entry, ...],
-    show: int,
-    after: int,
-    day: date | None = None,
-    snapshot: int = 0,
-) -> ListModel:
-    chosen = entries[after : after + show]
-    found = {paper.pk: paper for paper in lists.papers(site.store, [entry.pk for entry in chosen])}
+    request: Request, entries: Sequence[Entry], after: int, show: int, path: str, **query: object
+) -> dict[str, Any]:
+    """Total, papers and the address of what follows, for one part of a list."""
+    part = entries[after : after + show]
+    held = {paper.pk: paper for paper in lists.papers(request.app.state.site.store, [entry.pk for entry in part])}
     listed = [
         ListedModel(
-            number=after + place, kind=entry.kind, late=entry.late, group=entry.group, paper=_model(found[entry.pk])
+            number=after + place, kind=entry.kind, late=entry.late, group=entry.group, paper=paper_model(held[entry.pk])
         )
-        for place, entry in enumerate(chosen, 1)
-        if entry.pk in found
+        for place, entry in enumerate(part, 1)
+        if entry.pk in held
     ]
-    following = after + show if after + show < len(entries) else None
-    return ListModel(title=title, day=day, total=len(entries), snapshot=snapshot, next=following, papers=listed)
-
-
-def _model(paper: Paper) -> PaperModel:
-    return PaperModel.model_validate(exports.entry(paper))
+    end = after + show
+    following = address(path, **query, after=end, show=show) if end < len(entries) else None
+    return {"total": len(entries), "next": following, "papers": listed}

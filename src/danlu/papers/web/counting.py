@@ -23,7 +23,7 @@ async def count(request: Request, paper_id: str) -> Response:
     """Count an opening; the answer has the new count and the paper's keywords."""
     await security.require(request)
     security.limit(request, "count")
-    kind = str((await request.form()).get("kind") or "")
+    kind = (await security.form(request)).get("kind", "")
     if kind not in counters.COUNTED:
         raise BadRequest(f"kind must be one of {', '.join(counters.COUNTED)}", kind[:40])
     return await run_in_threadpool(_count, request, paper_id, cast(counters.Counted, kind))

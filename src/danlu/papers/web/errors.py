@@ -8,7 +8,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-#: Paths for programs: they get JSON.
+from danlu.papers.web.models import Problem
+
+#: Paths for programs: they get a problem document (RFC 9457).
 _PROGRAMS = ("/api/", "/health")
 _TITLES = {
     400: "This cannot be read",
@@ -64,8 +66,9 @@ def install(app: FastAPI) -> None:
         if not isinstance(error, RequestValidationError):
             raise error
         first = error.errors()[0]
-        token = str(first.get("input", ""))[:200]
-        return _answer(request, 400, f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}", token)
+        given = first.get("input")
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return _answer(request, 400, f"{place}: {first['msg']}", "" if given is None else str(given)[:200])
 
     app.add_exception_handler(BadRequest, bad)
     app.add_exception_handler(Unknown, unknown)
@@ -82,7 +85,8 @@ def _answer(
     headers: dict[str, str] | None = None,
 ) -> Response:
     if request.url.path.startswith(_PROGRAMS):
-        return JSONResponse({"error": message, "token": token} if token else {"error": message}, status, headers)
+        problem = Problem(title=_TITLES.get(status, "Error"), status=status, detail=message, token=token[:200])
+        return JSONResponse(problem.model_dump(), status, headers, "application/problem+json")
     response = request.app.state.pages.render(
         request, "error.html", status, title=_TITLES.get(status, "Error"), message=message, token=token, links=links
     )

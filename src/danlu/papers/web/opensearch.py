@@ -1,43 +1,46 @@
-"""What browsers and crawlers ask a site for: its search description, and where they may go."""
+"""What browsers and robots are told: the search description and robots.txt."""
 
 from __future__ import annotations
 
-from xml.etree.ElementTree import Element, SubElement, tostring
+import xml.etree.ElementTree as ET
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-router = APIRouter()
+from danlu.papers.web import security
 
-_ROBOTS = """User-agent: *
-Disallow: /answers/
-Disallow: /arxiv/search
-Disallow: /venue/search
-Disallow: /rel/
-Disallow: /export
-Disallow: /starred
-Disallow: /settings
-Disallow: /api/
-"""
+router = APIRouter(include_in_schema=False)
+
+#: Addresses that cost work, or of which there is no end.
+_NOT_FOR_ROBOTS = (
+    "/answers/", "/api/", "/arxiv/search", "/count/", "/export", "/feed/", "/health", "/rel/", "/settings", "/starred",
+    "/venue/search",
+)  # fmt: skip
 
 
 @router.get("/opensearch.xml")
 def description(request: Request) -> Response:
-    """How a browser searches this site from its address bar."""
-    base = (request.app.state.site.settings.public_url or str(request.base_url)).rstrip("/")
-    root = Element("OpenSearchDescription", {"xmlns": "http://a9.com/-/spec/opensearch/1.1/"})
-    SubElement(root, "ShortName").text = "danlu papers"
-    SubElement(root, "Description").text = "Search the papers of this site"
-    SubElement(root, "InputEncoding").text = "UTF-8"
-    SubElement(root, "Url", {"type": "text/html", "template": f"{base}/arxiv/search?query={{searchTerms}}"})
-    feed = f"{base}/feed/search?query={{searchTerms}}"
-    SubElement(root, "Url", {"type": "application/atom+xml", "template": feed})
-    body = b'<?xml version="1.0" encoding="utf-8"?>\n' + tostring(root, encoding="utf-8")
-    return Response(body, media_type="application/opensearchdescription+xml")
+    """How to search this site from the address bar."""
+    base = security.base(request)
+    root = ET.Element("OpenSearchDescription", xmlns="http://a9.com/-/spec/opensearch/1.1/")
+    ET.SubElement(root, "ShortName").text = "danlu papers"
+    ET.SubElement(root, "Description").text = "Titles and abstracts of papers"
+    ET.SubElement(root, "InputEncoding").text = "UTF-8"
+    for kind, path in (("text/html", "/arxiv/search"), ("application/atom+xml", "/feed/search")):
+        ET.SubElement(root, "Url", type=kind, template=f"{base}{path}?query={{searchTerms}}")
+    ET.SubElement(
+        root, "Url", type="application/opensearchdescription+xml", rel="self", template=f"{base}/opensearch.xml"
+    )
+    return Response(
+        ET.tostring(root, encoding="utf-8", xml_declaration=True),
+        media_type="application/opensearchdescription+xml",
+        headers={"Cache-Control": "max-age=86400"},
+    )
 
 
 @router.get("/robots.txt")
 def robots() -> Response:
-    """Where crawlers may not go: what costs something, and what is a reader's own."""
-    return PlainTextResponse(_ROBOTS)
+    """What robots should leave alone."""
+    lines = ["User-agent: *", *(f"Disallow: {path}" for path in _NOT_FOR_ROBOTS), "Crawl-delay: 10", ""]
+    return PlainTextResponse("\n".join(lines), headers={"Cache-Control": "max-age=86400"})

@@ -113,8 +113,8 @@ def _moved(keys: Sequence[int], ranked: Sequence[int]) -> tuple[int, ...]:
     """The positions at the front of an order, up to the place from which on the list's own order holds."""
     place_of = {key: place for place, key in enumerate(keys)}
     places = [place_of[key] for key in ranked]
-    end = len(places)
-    while end > 1 and places[end - 2] < places[end - 1]:
+    end = max(len(places) - 1, 0)
+    while end and places[end - 1] < places[end]:
         end -= 1
     return tuple(places[: min(end, MOVED)])
 

@@ -8,9 +8,9 @@ from starlette.responses import Response
 
 from danlu.papers.rows import Entry, PaperList
 from danlu.papers.web import ordering, security
+from danlu.papers.web.answers import find
 from danlu.papers.web.lists import list_values
 from danlu.papers.web.rendering import is_fragment
-from danlu.papers.web.singles import stored
 
 router = APIRouter(include_in_schema=False)
 
@@ -20,7 +20,7 @@ def related(request: Request, paper_id: str) -> Response:
     """Papers that share the keywords of this one."""
     site = request.app.state.site
     security.limit(request, "search")
-    paper, asked = stored(request, paper_id), ordering.read(request.query_params)
+    paper, asked = find(request, paper_id)[0], ordering.read(request.query_params)
     keywords = site.index.keywords(paper)
     hits = site.index.related(paper)
     found = PaperList(tuple(Entry(key) for key in hits.keys))

@@ -1,243 +1,225 @@
-"""What protects readers and the site: headers, tokens of forms, and limits on what one reader may ask for."""
+"""What protects readers and the site: response headers, form tokens, and limits of what one reader may ask for.
+
+A form's token says that the page was loaded from here and when; that the browser sends it from a page of this site,
+and not of another, say the headers that browsers add themselves. No cookie is needed, and nothing about a reader is
+kept but how much of a limit is left, in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
-import secrets
+import re
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, Literal
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl, urlsplit
 
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from danlu.papers.ids import SOURCES
-from danlu.papers.settings import LimitSettings
+from danlu.papers.web.limits import Limiter, Proxies, network
 from danlu.papers.web.state import Site
 
-Limited = Literal["ask", "search", "fetch", "count"]
-COOKIE, HEADER, FIELD = "danlu_form", "x-csrf-token", "csrf_token"
-#: A network of addresses may do so many times what one address may.
-NETWORK = 4
-#: Buckets kept: the ones that were not used longest go first.
-_BUCKETS = 20_000
-_BODY = 64 * 1024
+#: Of the form field with the token.
+FIELD = "csrf_token"
+#: How long a token holds: a tab may stay open for some days.
+LASTING = 7 * 24 * 3600
+#: Bytes of a form.
+MOST_FORM = 16_384
+_HOST = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?\Z")
+_FORM = "danlu.form"
 
 
-def policy(hosts: list[str]) -> str:
-    """The Content-Security-Policy: nothing but our own files, and PDFs from the sources' own hosts."""
-    sources = " ".join(f"https://{host}" for host in hosts)
-    return "; ".join(
-        (
-            "default-src 'none'",
-            "script-src 'self'",
-            "style-src 'self'",
-            "img-src 'self' data: blob:",
-            "font-src 'self'",
-            f"connect-src 'self' {sources}",
-            "worker-src 'self' blob:",
-            "manifest-src 'self'",
-            "form-action 'self'",
-            "base-uri 'none'",
-            "frame-ancestors 'none'",
-            "object-src 'none'",
-        )
+def policy() -> str:
+    """The Content-Security-Policy: scripts, styles and fonts of this site alone, and PDF files from their sources."""
+    hosts = sorted({f"https://{host}" for source in SOURCES.values() for host in source.hosts})
+    rules = {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' data:",
+        "font-src": "'self'",
+        "connect-src": " ".join(["'self'", *hosts]),
+        "worker-src": "'self' blob:",
+        "manifest-src": "'self'",
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'self'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def headers() -> dict[str, str]:
+    """The headers of every response."""
+    unused = (
+        "accelerometer camera display-capture geolocation gyroscope magnetometer microphone midi payment usb".split()
     )
+    return {
+        "Content-Security-Policy": policy(),
+        "X-Content-Type-Options": "nosniff",
+        # Not "no-referrer": browsers would then hide where forms of this very site come from.
+        "Referrer-Policy": "same-origin",
+        "Permissions-Policy": ", ".join(f"{name}=()" for name in unused),
+        "Cross-Origin-Opener-Policy": "same-origin",
+    }
 
 
-def install(app: FastAPI, site: Site) -> None:
-    """Let every answer carry the headers, and give forms their tokens and readers their limits."""
-    app.state.guard = Guard(site.store.secret("forms"), site.settings.limits, frozenset(site.settings.trusted_proxies))
-    app.state.admin_token = site.settings.admin_token.get_secret_value()
-    hosts = sorted({host for source in SOURCES.values() for host in source.hosts})
-    app.add_middleware(_Headers, policy=policy(hosts))
-
-
-@dataclass
-class _Bucket:
-    tokens: float
-    moment: float
-
-
-@dataclass
 class Guard:
-    """Tokens of forms, and buckets of readers.
+    """What the protection of a site remembers.
 
     Args:
-        secret: of the installation.
-        limits: for one reader.
-        proxies: addresses whose word about the reader's address is believed.
-        clock: monotonic seconds.
-    """
-
-    secret: str
-    limits: LimitSettings
-    proxies: frozenset[str] = frozenset()
-    clock: Callable[[], float] = time.monotonic
-    _buckets: OrderedDict[tuple[str, str], _Bucket] = field(default_factory=OrderedDict)
-    _lock: Lock = field(default_factory=Lock)
-
-    def sign(self, visit: str) -> str:
-        """The token that goes with a visit."""
-        return hmac.new(self.secret.encode(), visit.encode(), hashlib.sha256).hexdigest()
-
-    def allow(self, kind: Limited, client: str) -> float:
-        """Take one from the buckets of a reader and of its network; seconds to wait where there is none, else 0."""
-        amount, period = self._rate(kind)
-        waits = []
-        with self._lock:
-            now = self.clock()
-            pair = ((client, 1), (network(client), NETWORK))
-            buckets = [self._bucket((kind, name), factor * amount, period, now) for name, factor in pair]
-            for bucket, (_, factor) in zip(buckets, pair, strict=True):
-                if bucket.tokens < 1:
-                    waits.append((1 - bucket.tokens) * period / (factor * amount))
-            if not waits:
-                for bucket in buckets:
-                    bucket.tokens -= 1
-        return max(waits, default=0.0)
-
-    def _bucket(self, key: tuple[str, str], size: float, period: float, now: float) -> _Bucket:
-        bucket = self._buckets.setdefault(key, _Bucket(size, now))
-        bucket.tokens = min(size, bucket.tokens + (now - bucket.moment) * size / period)
-        bucket.moment = now
-        self._buckets.move_to_end(key)
-        while len(self._buckets) > _BUCKETS:
-            self._buckets.popitem(last=False)
-        return bucket
-
-    def _rate(self, kind: Limited) -> tuple[int, float]:
-        return {
-            "ask": (self.limits.asks_per_hour, 3600.0),
-            "search": (self.limits.searches_per_minute, 60.0),
-            "fetch": (self.limits.fetches_per_hour, 3600.0),
-            "count": (self.limits.counts_per_minute, 60.0),
-        }[kind]
-
-
-def client(request: Request) -> str:
-    """The address of the reader: the one that connects, or the one that a trusted proxy names."""
-    peer = request.client.host if request.client else "unknown"
-    proxies = request.app.state.guard.proxies
-    if peer in proxies:
-        # From the right: what stands further left may have been written by the reader.
-        for part in reversed(request.headers.get("x-forwarded-for", "").split(",")):
-            name = part.strip()
-            if name and name not in proxies:
-                return name if _is_address(name) else peer
-    return peer
-
-
-def network(address: str) -> str:
-    """The network that an address belongs to: its first 24 bits, or 48 of IPv6."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return str(ipaddress.ip_network((parsed, 24 if parsed.version == 4 else 48), strict=False))
-
-
-def limit(request: Request, kind: Limited) -> None:
-    """Refuse a reader who asks for too much; whoever holds the admin token is let through.
+        site: its secret, limits, proxies and admin token.
+        clock: gives seconds since 1970, for tokens.
+        ticks: gives seconds that never go back, for limits.
 
     Raises:
-        HTTPException: 429, with the seconds to wait.
+        ValueError: a trusted proxy that is no address.
     """
-    if is_admin(request):
-        return
-    wait = request.app.state.guard.allow(kind, client(request))
-    if wait > 0:
-        raise HTTPException(
-            429, "That was too much at once. Please wait a little.", {"Retry-After": str(int(wait) + 1)}
-        )
 
+    def __init__(
+        self, site: Site, clock: Callable[[], float] = time.time, ticks: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.site, self.clock = site, clock
+        self.proxies = Proxies(site.settings.trusted_proxies)
+        self.limiter = Limiter(site.settings.limits, ticks)
+        self._secret = site.store.secret("forms").encode()
 
-def is_admin(request: Request) -> bool:
-    """Whether the request carries the admin token, compared in constant time."""
-    wanted = request.app.state.admin_token
-    given = request.headers.get("x-admin-token", "")
-    return bool(wanted) and hmac.compare_digest(wanted.encode(), given.encode())
+    def sign(self, moment: int) -> str:
+        """The token of a moment."""
+        mark = hmac.new(self._secret, f"form:{moment}".encode(), hashlib.sha256).hexdigest()
+        return f"{moment}.{mark}"
 
-
-def token(request: Request) -> str:
-    """The token for the forms of a page; the visit that it belongs to is kept in a cookie."""
-    visit = request.cookies.get(COOKIE, "")
-    if not _is_visit(visit):
-        visit = request.scope.setdefault("danlu_visit", secrets.token_hex(16))
-    return request.app.state.guard.sign(visit)
-
-
-async def require(request: Request) -> None:
-    """Refuse a change that does not come from a page of this site.
-
-    Raises:
-        HTTPException: 403.
-    """
-    visit = request.cookies.get(COOKIE, "")
-    given = request.headers.get(HEADER, "") or await _field(request)
-    origin = request.headers.get("sec-fetch-site", "same-origin")
-    expected = request.app.state.guard.sign(visit)
-    if origin not in ("same-origin", "none") or not _is_visit(visit) or not hmac.compare_digest(expected, given):
-        raise HTTPException(403, "This did not come from a page of this site, or the page is old: load it again.")
-
-
-async def _field(request: Request) -> str:
-    if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-        return ""
-    length = request.headers.get("content-length", "")
-    if not length.isdigit() or int(length) > _BODY:
-        return ""
-    values = parse_qs((await request.body()).decode("utf-8", "replace"))
-    return values.get(FIELD, [""])[0]
-
-
-def _is_visit(text: str) -> bool:
-    return len(text) == 32 and all(character in "0123456789abcdef" for character in text)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
+    def holds(self, token: str) -> bool:
+        """Whether this is a token of this site that has not run out."""
+        moment, _, _ = token.partition(".")
+        if not (moment.isascii() and moment.isdigit() and len(moment) < 13):
+            return False
+        age = self.clock() - int(moment)
+        return hmac.compare_digest(self.sign(int(moment)).encode(), token.encode()) and -60 <= age <= LASTING
 
 
 class _Headers:
-    """Adds the headers to every answer, and the cookie of a visit where a page has made one."""
+    """Adds the headers to every response, and turns down requests whose host is none."""
 
-    def __init__(self, app: ASGIApp, policy: str) -> None:
-        self.app = app
-        self.headers = [
-            (b"content-security-policy", policy.encode()),
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"strict-origin-when-cross-origin"),
-            (b"permissions-policy", b"camera=(), geolocation=(), microphone=(), payment=(), usb=()"),
-            (b"cross-origin-opener-policy", b"same-origin"),
-        ]
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.headers = app, headers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        async def answer(message: Message) -> None:
+        async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers: list[Any] = message.setdefault("headers", [])
-                there = {name.lower() for name, _ in headers}
-                headers += [(name, value) for name, value in self.headers if name not in there]
-                if "danlu_visit" in scope:
-                    secure = "; Secure" if scope.get("scheme") == "https" else ""
-                    cookie = f"{COOKIE}={scope['danlu_visit']}; Path=/; HttpOnly; SameSite=Strict{secure}"
-                    headers.append((b"set-cookie", cookie.encode()))
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
-        await self.app(scope, receive, answer)
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if not all(_HOST.match(host) for host in hosts):
+            await PlainTextResponse("the Host header is no name of a host", 400)(scope, receive, sending)
+            return
+        await self.app(scope, receive, sending)
+
+
+def install(app: FastAPI, site: Site) -> None:
+    """Protect an application: headers on every response, and what `token`, `require` and `limit` need."""
+    app.state.guard = Guard(site)
+    app.add_middleware(_Headers)
+
+
+def token(request: Request) -> str:
+    """The token for the forms of a page; it is the same for an hour, so that pages are."""
+    guard: Guard = request.app.state.guard
+    now = int(guard.clock())
+    return guard.sign(now - now % 3600)
+
+
+async def require(request: Request) -> None:
+    """Let only forms and scripts of this site's own pages through.
+
+    Raises:
+        HTTPException: 403, the request comes from elsewhere or has no token that holds; 413, the form is too long.
+    """
+    guard: Guard = request.app.state.guard
+    if not _from_here(request, guard.site.settings.public_url):
+        raise HTTPException(403, "This request comes from a page of another site.")
+    given = request.headers.get("X-CSRF-Token") or (await form(request)).get(FIELD, "")
+    if not guard.holds(given):
+        raise HTTPException(403, "The page is too old or not from here. Load it again, and repeat what you did.")
+
+
+def _from_here(request: Request, public_url: str) -> bool:
+    """Whether a page of this site sends the request, as far as a browser says: programs say nothing."""
+    where = request.headers.get("Sec-Fetch-Site")
+    if where is not None:
+        return where in ("same-origin", "none")
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return True
+    own = {request.headers.get("Host", "").lower()} | ({urlsplit(public_url).netloc.lower()} if public_url else set())
+    scheme, _, host = origin.lower().partition("://")
+    return scheme in ("http", "https") and host in own
+
+
+async def form(request: Request) -> dict[str, str]:
+    """The fields of a form that was sent URL-encoded, the last of each name; it can be read again.
+
+    Raises:
+        HTTPException: 413, it is longer than `MOST_FORM`.
+    """
+    if _FORM not in request.scope:
+        body = b""
+        if request.headers.get("Content-Type", "").partition(";")[0].strip() == "application/x-www-form-urlencoded":
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_FORM:
+                    raise HTTPException(413, f"A form has at most {MOST_FORM} bytes.")
+        request.scope[_FORM] = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+    fields: dict[str, str] = request.scope[_FORM]
+    return fields
+
+
+def client(request: Request) -> str:
+    """The address of the reader; a proxy's word is taken only where the operator trusts the proxy."""
+    peer = request.client.host if request.client else ""
+    guard: Guard = request.app.state.guard
+    return guard.proxies.reader(peer, request.headers.getlist("X-Forwarded-For"))
+
+
+def is_admin(request: Request) -> bool:
+    """Whether the request carries the operator's token; how long the comparison takes tells nothing about it."""
+    held = request.app.state.guard.site.settings.admin_token.get_secret_value()
+    given = request.headers.get("X-Admin-Token", "")
+    return bool(held) and hmac.compare_digest(held.encode(), given.encode())
+
+
+def limit(request: Request, kind: str) -> None:
+    """Take one of what this reader may ask for; the operator may ask for everything.
+
+    Args:
+        request: of the reader.
+        kind: ``ask``, ``search``, ``fetch`` or ``count``.
+
+    Raises:
+        HTTPException: 429 with Retry-After, the reader or its network has used everything up.
+        KeyError: an unknown kind.
+    """
+    if is_admin(request):
+        return
+    guard: Guard = request.app.state.guard
+    address = client(request)
+    wait = guard.limiter.take(kind, address, network(address))
+    if wait:
+        message = f"That was much in a short time. Please try again in {wait} seconds."
+        raise HTTPException(429, message, {"Retry-After": str(wait)})
+
+
+def base(request: Request) -> str:
+    """The address under which readers reach the site, without a slash at its end."""
+    public: str = request.app.state.guard.site.settings.public_url
+    return (public or str(request.base_url)).rstrip("/")

@@ -4,67 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from danlu.papers import ids, lists
-from danlu.papers.ids import ARXIV, InvalidIdentifier, PaperId, parse_id
+from danlu.papers import lists
+from danlu.papers.ids import ARXIV, PaperId
 from danlu.papers.net.errors import FetchError
-from danlu.papers.rows import Entry, Paper
+from danlu.papers.rows import Entry
 from danlu.papers.store import Store
 from danlu.papers.web import ordering, security
 from danlu.papers.web.answers import card_values
-from danlu.papers.web.errors import BadRequest, Unknown
+from danlu.papers.web.errors import Unknown
+from danlu.papers.web.exports import read_ids
 from danlu.papers.web.rendering import is_fragment
-from danlu.papers.web.views import MOST_BYTES, MOST_IDS, papers_url, views
+from danlu.papers.web.views import papers_url, quoted, source_links, views
 
 logger = logging.getLogger("danlu.papers.web")
-
-
-def read_ids(text: str) -> list[PaperId]:
-    """The identifiers in an address, each once.
-
-    Raises:
-        BadRequest: one that is none, or too many.
-    """
-    if len(text.encode()) > MOST_BYTES:
-        raise BadRequest(f"an address of papers has at most {MOST_BYTES} bytes", text[:40])
-    found: dict[PaperId, None] = {}
-    for part in text.split(","):
-        try:
-            found[parse_id(part)] = None
-        except InvalidIdentifier as error:
-            raise BadRequest(str(error), part[:200]) from None
-    if len(found) > MOST_IDS:
-        raise BadRequest(f"an address names at most {MOST_IDS} papers, this one {len(found)}", text[:40])
-    return list(found)
-
-
-def stored(request: Request, text: str) -> Paper:
-    """The stored paper with this identifier; its version does not matter.
-
-    Raises:
-        BadRequest: no identifier.
-        Unknown: none that is stored.
-    """
-    paper = read_ids(text)[0]
-    store = request.app.state.site.store
-    held = lists.papers(store, list(lists.find(store, [paper]).values()))
-    if not held:
-        raise Unknown(f"This site does not have {paper}.", source_links([paper]))
-    return held[0]
-
-
-def source_links(papers: Sequence[PaperId]) -> tuple[tuple[str, str], ...]:
-    """Where to look for papers that are not here."""
-    found = [(f"{paper} at {ids.SOURCES[paper.source].name}", ids.abs_url(paper)) for paper in papers]
-    return tuple((text, address) for text, address in found if address is not None)
 
 
 async def papers_page(request: Request, text: str) -> Response:
@@ -87,8 +46,7 @@ async def papers_page(request: Request, text: str) -> Response:
 
 def papers_url_of(request: Request, text: str) -> str:
     """The address as it was asked for, quoted as ours are."""
-    branch = request.url.path.split("/")[1]
-    return f"/{branch}/" + quote(text, safe="@/,+:~-._")
+    return f"/{request.url.path.split('/')[1]}/" + quoted(text)
 
 
 async def _fetch(request: Request, papers: list[PaperId]) -> str:

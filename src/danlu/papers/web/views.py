@@ -16,7 +16,6 @@ from danlu.papers.store import Store
 AUTHORS = 40
 #: Papers in an address of papers, and bytes of it.
 MOST_IDS, MOST_BYTES = 200, 8192
-_SAFE = "@/,+:~-._"
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,24 @@ def web_address(address: str | None) -> str | None:
     return address if address and address.startswith(("https://", "http://")) else None
 
 
+def quoted(path: str) -> str:
+    """A path as addresses have it; what identifiers and expressions are made of stays readable."""
+    return quote(path, safe="@/,+:~-._")
+
+
 def papers_url(papers: Sequence[PaperId]) -> str:
     """The page of these papers here."""
     branch = ARXIV if all(paper.source == ARXIV for paper in papers) else "venue"
-    return f"/{branch}/" + quote(",".join(str(paper) for paper in papers), safe=_SAFE)
+    return f"/{branch}/" + quoted(",".join(str(paper) for paper in papers))
 
 
 def address(path: str, **query: object) -> str:
     """A path of this site with the parameters that are not empty."""
     given = {name: value for name, value in query.items() if value not in (None, "")}
-    return quote(path, safe=_SAFE) + ("?" + urlencode(given) if given else "")
+    return quoted(path) + ("?" + urlencode(given) if given else "")
+
+
+def source_links(papers: Sequence[PaperId]) -> tuple[tuple[str, str], ...]:
+    """Where to look for papers that are not here."""
+    found = [(f"{paper} at {ids.SOURCES[paper.source].name}", ids.abs_url(paper)) for paper in papers]
+    return tuple((text, address) for text, address in found if address is not None)

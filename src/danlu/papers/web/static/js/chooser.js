@@ -1,6 +1,7 @@
 // The subjects on the home page: a box goes from empty to included to excluded, and the line above says the same.
 import { format, parseExpression } from "./expression.js";
 import { get, set } from "./memory.js";
+import { say } from "./server.js";
 
 export function start() {
   const form = document.getElementById("chooser");
@@ -26,7 +27,12 @@ export function start() {
     });
   }
   line.addEventListener("change", () => { set("follow", line.value.replace(/\s+/g, "")); show(); });
-  form.addEventListener("submit", () => set("follow", line.value.replace(/\s+/g, "")));
+  form.addEventListener("submit", (event) => {
+    set("follow", line.value.replace(/\s+/g, ""));
+    if (parseExpression(get("follow")).include.length) return;
+    event.preventDefault();
+    say("Choose at least one subject to include.");
+  });
 
   function show() {
     const { include, exclude } = parseExpression(line.value.replace(/\s+/g, ""));

@@ -3,7 +3,8 @@ export function parseExpression(text) {
   const include = [], exclude = [];
   // A hyphen is an operator where a name with a dot or one of the known archives without one ends.
   const known = /(?:[a-z]+(?:-[a-z]+)?\.[A-Za-z]+(?:-[a-z]+)?|physics-group|math-ph|astro-ph|cond-mat|gr-qc|hep-(?:ex|lat|ph|th)|nucl-(?:ex|th)|quant-ph|q-bio|q-fin|[a-z]+)(?=[,+-]|$)/y;
-  let place = 0, target = include;
+  // While a reader chooses, there may be exclusions alone.
+  let place = text.startsWith("-") ? 1 : 0, target = place ? exclude : include;
   while (place < text.length) {
     known.lastIndex = place;
     const match = known.exec(text);
