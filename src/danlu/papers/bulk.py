@@ -46,7 +46,7 @@ def _processor(kind: sa.types.TypeEngine[Any], dialect: sa.Dialect) -> Callable[
         # What the type's own processor gives, in a third of the time.
         return lambda value: value and value.isoformat(" ", "microseconds")
     general: Callable[[Any], Any] | None = kind.dialect_impl(dialect).bind_processor(dialect)
-    if isinstance(kind, sa.JSON):
+    if isinstance(kind, sa.JSON) and general is not None:
         return partial(_json, general)
     return general
 
