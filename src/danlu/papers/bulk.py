@@ -51,5 +51,5 @@ def _processor(kind: sa.types.TypeEngine[Any], dialect: sa.Dialect) -> Callable[
     return general
 
 
-def _json(general: Callable[[Any], Any], value: Any) -> Any:
-    return "{}" if value == {} else general(value)
+def _json(general: Callable[[Any], Any] | None, value: Any) -> Any:
+    return "{}" if value == {} else general(value) if general else value

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from danlu.papers import schema
 from danlu.papers.ids import parse_id
 from danlu.papers.lists import day_list, days, find, papers
 from danlu.papers.records import Listing
+from danlu.papers.sources import arxiv_api
 from danlu.papers.sources.arxiv_snapshot import parse_line
 from danlu.papers.sources.completeness import gaps
 from danlu.papers.sources.polling import fetch_papers, harvest, names_of, poll
@@ -179,6 +181,21 @@ def test_when_the_feed_fails_the_interface_alone_fills_the_day():
     assert "a web page" in first.errors["rss cs.LG"] and first.day == DAY
     assert len(names) == 123 and late == set()
     assert len(listed(store)[0]) == 133
+
+
+def test_results_of_several_pages_are_read_to_the_first_paper_of_the_list(monkeypatch):
+    monkeypatch.setattr(arxiv_api, "category_url", partial(arxiv_api.category_url, count=20))
+    store = Store()
+    old = fixture_day(date(2023, 12, 13), 60)
+    known = arxiv(records=[*RECORDS, *old])
+
+    async def act(server):
+        server.play("export.arxiv.org", ["empty page"])
+        return await poll(store, server.fetcher(store), "cs.LG", NOW, feed=False)
+
+    assert playing(known, act).errors == {} and len(listed(store)[0]) == 123
+    # Seven pages have papers of the list and one is asked for twice; the last of them ends it.
+    assert len(known.asked) == 8 and days(store, SUBJECT) == [(DAY, 123)]
 
 
 def test_nothing_changed_is_understood():

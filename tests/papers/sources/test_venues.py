@@ -53,7 +53,8 @@ def test_notes_of_both_versions_of_openreview_are_read():
 
 @pytest.mark.parametrize(
     "venueid",
-    ["ICLR.cc/2024/Conference/Rejected_Submission", "ICLR.cc/2024/Conference/Submission", "",
+    ["ICLR.cc/2024/Conference/Rejected_Submission", "ICLR.cc/2024/Conference/Rejected",
+     "ICLR.cc/2024/Conference/Submission", "",
      "ICLR.cc/2024/Conference/Withdrawn_Submission", "ICLR.cc/2024/Conference/Desk_Rejected_Submission", "TMLR"],
 )  # fmt: skip
 def test_only_accepted_papers_are_taken(venueid):
