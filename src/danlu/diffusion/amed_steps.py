@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from danlu.diffusion.amed_table import AMEDTable, Coefficients, Lookup, check_length, check_ratios, middle, told_ratio
-from danlu.diffusion.multistep import _ADAMS_BASHFORTH
+from danlu.diffusion.multistep import ADAMS_BASHFORTH
 from danlu.diffusion.process import as_time, per_sample
 
 __all__ = [
@@ -195,7 +195,7 @@ class AMEDStepper:
             return data_step(z, start, stop, newest[: min(self.order, left)])
         direction = newest[0][1]
         if self.base == "ipndm":
-            terms = zip(_ADAMS_BASHFORTH[len(newest) - 1], newest, strict=True)
+            terms = zip(ADAMS_BASHFORTH[len(newest) - 1], newest, strict=True)
             direction = sum((weight * d for weight, (_, d) in terms), torch.zeros_like(z))
         return per_sample(_across(stop, start), z) * direction
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from danlu.diffusion.processes import per_sample
 from danlu.diffusion.steps import Solver, Walk, along, straight
 
-_ADAMS_BASHFORTH = (
+ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -55,7 +55,7 @@ class IPNDM(Solver):
             if len(latest) == 1:
                 x = straight(walk.process, data, noise, u)
             else:
-                weights = _ADAMS_BASHFORTH[len(latest) - 1]
+                weights = ADAMS_BASHFORTH[len(latest) - 1]
                 mean = sum((weight * each for weight, each in zip(weights, latest, strict=True)), torch.zeros_like(x))
                 x = along(walk.process, x, mean, t, u)
             yield x

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 from sqlalchemy import select
 
 from danlu.papers.schema import budget as table
-from danlu.papers.store import Store
+from danlu.papers.store import Store, insert_into
 
 
 def _today() -> date:
@@ -25,10 +25,6 @@ def spend(store: Store, name: str, amount: int, day: date | None = None) -> None
     """Add to what was used on a day (in UTC), the current one unless given."""
     here = {"day": day or _today(), "name": name}
     with store.writing() as connection:
-        if connection.dialect.name == "postgresql":
-            from sqlalchemy.dialects.postgresql import insert
-        else:
-            from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
-        statement = insert(table).values(**here, used=amount)
+        statement = insert_into(connection, table).values(**here, used=amount)
         change = {"used": table.c.used + amount}
         connection.execute(statement.on_conflict_do_update(index_elements=["day", "name"], set_=change))

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 from danlu.papers import schema
-from danlu.papers.store import Store
+from danlu.papers.store import Store, insert_into
 
 Counted = Literal["pdf", "ask", "copy", "rel"]
 COUNTED: tuple[str, ...] = get_args(Counted)
@@ -101,11 +101,12 @@ def _salt(store: Store, day: date) -> str:
 
 def _insert_once(connection: sa.Connection, table: sa.Table, **values: object) -> bool:
     """Insert a row unless its key is there; whether it was inserted."""
-    if connection.dialect.name == "postgresql":
-        from sqlalchemy.dialects.postgresql import insert
-    else:
-        from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
-    statement = insert(table).values(**values).on_conflict_do_nothing().returning(next(iter(table.primary_key)))
+    statement = (
+        insert_into(connection, table)
+        .values(**values)
+        .on_conflict_do_nothing()
+        .returning(next(iter(table.primary_key)))
+    )
     return connection.execute(statement).first() is not None
 
 

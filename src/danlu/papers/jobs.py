@@ -236,11 +236,6 @@ class Queue:
         values = {"state": QUEUED, "attempts": 0, "not_before": at, "lease_until": None, "worker": None, "stage": ""}
         self._own(job, {**values, "progress": 0.0, "error_kind": error_kind, "error": error})
 
-    def requeue_expired(self) -> int:
-        """Put back the jobs whose worker has died; those that died too often have failed. How many there were."""
-        with self.store.writing() as connection:
-            return self._requeue(connection)
-
     def _requeue(self, connection: sa.Connection) -> int:
         expired = (table.c.state == RUNNING, table.c.lease_until < self.clock())
         gone = connection.execute(

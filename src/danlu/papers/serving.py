@@ -17,6 +17,7 @@ from typing import Any
 
 from danlu.papers.categories import PHYSICS_GROUP, vocabulary
 from danlu.papers.jobs import TODAY, Job, LeaseLost
+from danlu.papers.net.fetch import Fetcher
 from danlu.papers.pipeline import Answering
 from danlu.papers.sources.polling import AGAIN, PollReport, harvest, names_of, poll
 from danlu.papers.web.state import Site
@@ -187,25 +188,16 @@ async def _update_index(site: Site) -> None:
 
 async def poll_once(site: Site, archive: bool = False) -> PollReport:
     """Poll what a site follows, and on demand the archive, at once and outside the queue."""
-    if site.fetcher is None:
-        raise ValueError("contact must be given: requests to sources carry it")
-    report = await poll(site.store, site.fetcher, site.settings.follow)
-    for name in _archives(site) if archive else ():
-        more = await harvest(site.store, site.fetcher, _set_of(name))
+    report = await poll(site.store, _network(site), site.settings.follow)
+    for more in await _harvests(site) if archive else ():
         report.written += more.written
         report.errors |= more.errors
     return report
 
 
-def _archives(site: Site) -> list[str]:
-    return sorted({name.split(".")[0] for name in names_of(site.settings.follow)})
-
-
 async def _poll_and_index(site: Site) -> datetime:
     """Poll what the site follows; when to do so again."""
-    if site.fetcher is None:
-        raise ValueError("contact must be given: requests to sources carry it")
-    report = await poll(site.store, site.fetcher, site.settings.follow)
+    report = await poll_once(site)
     await _update_index(site)
     logger.info("poll of %s: %s, next at %s", site.settings.follow, report.written, report.again_at)
     return report.again_at or site.queue.clock() + AGAIN
@@ -213,11 +205,26 @@ async def _poll_and_index(site: Site) -> datetime:
 
 async def _harvest(site: Site) -> datetime:
     """Bring every change of the archives that the site follows; when to do so again."""
+    await _harvests(site)
+    return (datetime.now(UTC) + DAY).replace(tzinfo=None)
+
+
+async def _harvests(site: Site) -> list[PollReport]:
+    """Bring every change of each archive that the site follows."""
+    fetcher = _network(site)
+    archives = sorted({name.split(".")[0] for name in names_of(site.settings.follow)})
+    return [await harvest(site.store, fetcher, _set_of(archive)) for archive in archives]
+
+
+def _network(site: Site) -> Fetcher:
+    """What asks sources.
+
+    Raises:
+        ValueError: the site has no network.
+    """
     if site.fetcher is None:
         raise ValueError("contact must be given: requests to sources carry it")
-    for archive in _archives(site):
-        await harvest(site.store, site.fetcher, _set_of(archive))
-    return (datetime.now(UTC) + DAY).replace(tzinfo=None)
+    return site.fetcher
 
 
 @dataclass

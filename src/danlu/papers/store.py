@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,6 @@ class Store:
             from danlu.papers.migrations import upgrade
 
             upgrade(self.engine)
-
-    @property
-    def is_sqlite(self) -> bool:
-        """Whether there is one writer at a time."""
-        return self.engine.dialect.name == "sqlite"
 
     def close(self) -> None:
         """Give the connections back."""
@@ -191,6 +185,12 @@ def _save(connection: sa.Connection, result: Merged) -> None:
             connection.execute(table.delete().where(*where), gone)
 
 
-def naive(value: datetime | None) -> datetime | None:
-    """A UTC time as the tables keep it: without zone."""
-    return None if value is None else value.replace(tzinfo=None)
+def insert_into(connection: sa.Connection, table: sa.Table) -> Any:
+    """An insert of the database's own kind, which may say what happens where the key is taken."""
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table)
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert(table)

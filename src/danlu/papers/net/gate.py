@@ -20,7 +20,7 @@ from sqlalchemy import select
 from danlu.papers.net.errors import CircuitOpen
 from danlu.papers.schema import gate as table
 from danlu.papers.schema import gate_queue as tickets
-from danlu.papers.store import Store
+from danlu.papers.store import Store, insert_into
 
 #: A permit of a process that has died is free again after this time: longer than any request may take.
 LEASE = 150.0
@@ -136,8 +136,4 @@ class RateGate:
 
     def _ensure(self, connection: sa.Connection) -> None:
         if connection.scalar(select(table.c.host).where(table.c.host == self.host)) is None:
-            if connection.dialect.name == "postgresql":
-                from sqlalchemy.dialects.postgresql import insert
-            else:
-                from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
-            connection.execute(insert(table).values(host=self.host).on_conflict_do_nothing())
+            connection.execute(insert_into(connection, table).values(host=self.host).on_conflict_do_nothing())

@@ -20,7 +20,7 @@ from danlu.papers.categories import ALIASES, vocabulary
 from danlu.papers.rows import Entry
 from danlu.papers.web import answers, exports, feeds, health, ordering, security
 from danlu.papers.web.errors import Unknown
-from danlu.papers.web.lists import read_day
+from danlu.papers.web.lists import day_of, read_day
 from danlu.papers.web.models import (
     AnswerModel,
     CardModel,
@@ -62,7 +62,7 @@ def day_list(
 ) -> DayListModel:
     """The papers of a subject on one day, in the order in which the source announced them; on the latest by default."""
     wanted = feeds.read_expression(expression)
-    day, found = feeds.day_of(request, wanted, read_day(date), snapshot)
+    day, found = day_of(request, wanted, read_day(date), snapshot)
     path = f"{PREFIX}/list/{wanted}"
     values = _part(request, found.entries, after, show, path, date=day, snapshot=found.snapshot)
     return DayListModel(expression=str(wanted), day=day, snapshot=found.snapshot, **values)

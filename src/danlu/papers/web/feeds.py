@@ -8,7 +8,6 @@ loses nothing.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from urllib.parse import quote, urlencode
@@ -24,9 +23,10 @@ from danlu.papers.categories import Expression, InvalidExpression, parse_express
 from danlu.papers.rows import Paper, PaperList
 from danlu.papers.web import security
 from danlu.papers.web.errors import BadRequest, Unknown
-from danlu.papers.web.lists import read_day
+from danlu.papers.web.lists import day_of, read_day
 from danlu.papers.web.models import clean
 from danlu.papers.web.ordering import read
+from danlu.papers.web.venues import SLUG
 from danlu.papers.web.views import address, papers_url, web_address
 
 router = APIRouter(include_in_schema=False)
@@ -37,7 +37,6 @@ MOST = 2000
 #: Results of a search in one document, and venues in the feed of venues.
 SEARCHED, VENUES = 100, 50
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
-_SLUG = re.compile(r"(?P<name>.{1,80}?)(?:\.(?P<year>[0-9]{4}))?\Z")
 
 
 @router.get("/feed/arxiv/{expression}")
@@ -116,26 +115,13 @@ def read_expression(text: str) -> Expression:
         raise BadRequest(str(error), error.rest[:200]) from None
 
 
-def day_of(
-    request: Request, expression: Expression, asked: date | None, snapshot: int | None = None
-) -> tuple[date | None, PaperList]:
-    """The day asked for or the latest one, and its list; no day where nothing has been announced."""
-    store, cache, name = request.app.state.site.store, request.app.state.cache, str(expression)
-    day = asked or cache.get(("latest", name), lambda: lists.latest_day(store, expression))
-    if day is None:
-        return None, PaperList(())
-    key = ("list", name, day, snapshot)
-    lasting = snapshot is not None
-    return day, cache.get(key, lambda: lists.day_list(store, expression, day, snapshot), lasting=lasting)
-
-
 def find_venue(request: Request, slug: str) -> lists.Venue:
     """The venue of an address: ``NAME.YEAR``, or ``NAME`` for its latest year; its case does not matter.
 
     Raises:
         Unknown: there is none.
     """
-    match = _SLUG.match(slug)
+    match = SLUG.match(slug)
     known: list[lists.Venue] = request.app.state.cache.get("venues", lambda: lists.venues(request.app.state.site.store))
     # They come newest first.
     for each in known:

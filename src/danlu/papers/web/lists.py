@@ -82,9 +82,7 @@ def day_page(request: Request, expression: Expression, written: str) -> Response
         target = address(f"/arxiv/{expression}") + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(target, 301)
     name = str(expression)
-    if day is None:
-        day = cache.get(("latest", name), lambda: lists.latest_day(site.store, expression))
-    found = PaperList(()) if day is None else _list(request, expression, day, asked.snapshot)
+    day, found = day_of(request, expression, day, asked.snapshot)
     values = list_values(request, found, asked, f"/arxiv/{name}", date=day)
     if is_fragment(request):
         return request.app.state.pages.render(request, "_cards.html", **values)
@@ -97,12 +95,17 @@ def day_page(request: Request, expression: Expression, written: str) -> Response
     )  # fmt: skip
 
 
-def _list(request: Request, expression: Expression, day: date, snapshot: int | None) -> PaperList:
-    store = request.app.state.site.store
-    key = ("list", str(expression), day, snapshot)
-    return request.app.state.cache.get(
-        key, lambda: lists.day_list(store, expression, day, snapshot), lasting=snapshot is not None
-    )
+def day_of(
+    request: Request, expression: Expression, asked: date | None, snapshot: int | None = None
+) -> tuple[date | None, PaperList]:
+    """The day asked for or the latest one, and its list; no day where nothing has been announced."""
+    store, cache, name = request.app.state.site.store, request.app.state.cache, str(expression)
+    day = asked or cache.get(("latest", name), lambda: lists.latest_day(store, expression))
+    if day is None:
+        return None, PaperList(())
+    key = ("list", name, day, snapshot)
+    lasting = snapshot is not None
+    return day, cache.get(key, lambda: lists.day_list(store, expression, day, snapshot), lasting=lasting)
 
 
 def _around(request: Request, expression: Expression, day: date | None) -> tuple[date | None, date | None]:

@@ -17,7 +17,8 @@ from danlu.papers.web.rendering import is_fragment
 from danlu.papers.web.views import address
 
 router = APIRouter(include_in_schema=False)
-_SLUG = re.compile(r"(?P<name>.{1,80}?)(?:\.(?P<year>[0-9]{4}))?\Z")
+#: ``NAME.YEAR``, or ``NAME`` alone for its latest year.
+SLUG = re.compile(r"(?P<name>.{1,80}?)(?:\.(?P<year>[0-9]{4}))?\Z")
 
 
 @router.get("/venue")
@@ -38,7 +39,7 @@ async def venue(request: Request, rest: str) -> Response:
 def _venue_page(request: Request, slug: str) -> Response:
     site, cache = request.app.state.site, request.app.state.cache
     venues: list[lists.Venue] = cache.get("venues", lambda: lists.venues(site.store))
-    match = _SLUG.match(slug)
+    match = SLUG.match(slug)
     if match is None:
         raise BadRequest("a venue is a name and a year, such as ICLR.2024", slug[:200])
     asked = ordering.read(request.query_params)
